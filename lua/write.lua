@@ -1,0 +1,435 @@
+#!lua name=redismem_write
+-- Version: 1
+-- Changes one owner's memories, and everything made from them, in one step.
+--
+-- Functions (KEYS -> ARGV -> reply)
+--   rm_open_v1     alias index meta | now_ms embedder dim vector_field, FT.CREATE arguments …
+--                  -> OK: the index exists and serves under its alias
+--   rm_put_v1      meta ids log turns | prefix now_ms embedder dim log_length count, records …
+--                  -> NOINDEX | OK generation stale [outcome id version embedded a record];
+--                  outcomes CREATED UPDATED UNCHANGED TAKEN (a derived id meets other content)
+--   rm_update_v1   meta ids log turns | prefix now_ms embedder dim log_length version, one record
+--                  -> NOINDEX | MISSING | STALE version | OK version embedded stale
+--   rm_delete_v1   meta ids log turns | prefix now_ms log_length, ids …
+--                  -> OK generation stale [DELETED or MISSING an id]
+--   rm_correct_v1  meta ids log turns | prefix now_ms embedder dim log_length count old ids …, one record
+--                  -> NOINDEX | MISSING id | TAKEN id | CREATED or UNCHANGED generation version embedded stale
+--   rm_embed_v1    meta ids turns | prefix now_ms embedder dim, (id content_hash prev_id prev_hash vector) …
+--                  -> a word an id: OK STALE MISSING REFUSED
+--   rm_forget_v1   alias meta ids log turns | prefix limit
+--                  -> OK memories keys done(0/1); call again until done
+--   A record is: id kind prev_id prev_hash created_at speaker fields, (field value) …; kind is
+--   given | derived (an id made from the content) | keep (rm_update: the vector still fits).
+--   prev is the turn before it in its session, which its vector was made from as well: a vector is
+--   stored only if that turn still is the one before and has that content.
+--   stale: ids of the turns after changed ones. Their vectors came from the old content and were dropped
+--   here. Whatever is left without a vector the caller embeds again: rm_turns_ro, then rm_embed.
+--
+-- Complexity: O(fields) a record plus its re-indexing (about 0.04 ms); rm_forget O(limit).
+-- Storage: prefix..id hash; ids zset id -> created_at; meta hash; log stream; turns hash:
+--     l<id>       place of a turn in its session: id before, id after, position, speaker; joined by \31
+--     t<session>  the session's last turn: id, position; joined by \31
+--     n           number of sessions so far
+--     pad         65 spaces: a value this long keeps the hash a hash table; as a listpack (up to 512
+--                 fields) the 100 look-ups of a search would take 0.5 ms
+--   A session's turns stand in the order of writing; superseded ones leave. Positions of one session are
+--   consecutive when written; two sessions are SESSION_STEP apart. See README, schema.
+-- Derived keys: prefix .. id.
+-- Limits: at most 500 records or ids a call.
+
+local UNPACK = 1000
+local SESSION_STEP = 1048576
+
+local function misuse(text)
+  return redis.error_reply('RMEM_USAGE ' .. text)
+end
+
+-- check ---------------------------------------------------------------------------------------
+
+local function wrong_types(ctx)
+  local wanted = { [ctx.meta] = 'hash', [ctx.ids] = 'zset', [ctx.log] = 'stream', [ctx.turns] = 'hash' }
+  for key, want in pairs(wanted) do
+    local got = redis.call('TYPE', key).ok
+    if got ~= 'none' and got ~= want then
+      return redis.error_reply('RMEM_TYPE ' .. key .. ' is a ' .. got .. ', not a ' .. want)
+    end
+  end
+end
+
+local function parsed(args, at)
+  local record = {
+    id = args[at], kind = args[at + 1], prev_id = args[at + 2], prev_hash = args[at + 3],
+    created_at = args[at + 4], speaker = args[at + 5], fields = {}, values = {},
+  }
+  local count = tonumber(args[at + 6] or '')
+  if not count or #args < at + 6 + 2 * count then return nil end
+  for i = at + 7, at + 6 + 2 * count, 2 do
+    record.fields[#record.fields + 1] = args[i]
+    record.values[args[i]] = args[i + 1]
+  end
+  return record, at + 7 + 2 * count
+end
+
+local function bad_vector(record, dim)
+  local vector = record.values.embedding
+  return vector and #vector ~= 2 * dim
+end
+
+local function context_of(keys, args)
+  return {
+    meta = keys[1], ids = keys[2], log = keys[3], turns = keys[4],
+    prefix = args[1], now_ms = tonumber(args[2]), embedder = args[3], dim = tonumber(args[4]),
+    log_length = args[5],
+  }
+end
+
+-- read ----------------------------------------------------------------------------------------
+
+-- id before, id after, position and speaker of a turn; the ids are '' where there is none
+local function place(ctx, id)
+  local raw = redis.call('HGET', ctx.turns, 'l' .. id)
+  if not raw then return '', '' end
+  return string.match(raw, '^([^\31]*)\31([^\31]*)\31([^\31]*)\31(.*)$')
+end
+
+-- whether a vector made from `id` and the turn `prev_id` with that content still is right
+local function fits(ctx, id, prev_id, prev_hash)
+  local before = place(ctx, id)
+  return before == prev_id and (before == ''
+    or (redis.call('HGET', ctx.prefix .. before, 'content_hash') or '') == prev_hash)
+end
+
+local function index_of(ctx)
+  local raw = redis.call('HMGET', ctx.meta, 'index', 'embedder', 'vector_field')
+  ctx.store_embedder, ctx.vector_field = raw[2], raw[3] or 'embedding'
+  return raw[1]
+end
+
+-- write: nothing below may raise ----------------------------------------------------------------
+
+local function bump(ctx)
+  if redis.call('EXISTS', ctx.meta) == 0 then
+    -- seeded by the clock, so that a forgotten and re-created owner never repeats a generation
+    redis.call('HSET', ctx.meta, 'generation', string.format('%.0f', ctx.now_ms))
+  end
+  redis.call('HSET', ctx.meta, 'last_activity', string.format('%.3f', ctx.now_ms / 1000))
+  return redis.call('HINCRBY', ctx.meta, 'generation', 1)
+end
+
+local function log(ctx, event, id, version, other)
+  redis.call('XADD', ctx.log, 'MAXLEN', '~', ctx.log_length, '*', 'id', id, 'event', event,
+    'version', version, 'at_ms', string.format('%.0f', ctx.now_ms), 'other', other or '')
+end
+
+local function next_created_at(ctx)
+  -- strictly increasing an owner, so that the order of memories, and a cursor into it, is total
+  local last = tonumber(redis.call('HGET', ctx.meta, 'last_created') or '0')
+  local now = ctx.now_ms / 1000
+  if now <= last then now = last + 0.000001 end
+  local text = string.format('%.6f', now)
+  redis.call('HSET', ctx.meta, 'last_created', text)
+  return text
+end
+
+-- drop the vector of the turn after `id`, which was made from `id` as well
+local function drop_successor(ctx, id, stale)
+  local _, after = place(ctx, id)
+  if after ~= '' then
+    redis.call('HDEL', ctx.prefix .. after, 'embedding', 'embedding_next', 'embedder', 'embedder_next')
+    stale[#stale + 1] = after
+  end
+end
+
+local function set_place(ctx, id, before, after, position, speaker)
+  redis.call('HSET', ctx.turns, 'l' .. id, table.concat({ before, after, position, speaker }, '\31'))
+end
+
+-- take a turn out of its session
+local function unlink(ctx, id, session, stale)
+  if not session or redis.call('HEXISTS', ctx.turns, 'l' .. id) == 0 then return end
+  drop_successor(ctx, id, stale)
+  local before, after = place(ctx, id)
+  redis.call('HDEL', ctx.turns, 'l' .. id)
+  if before ~= '' then
+    local first, _, position, speaker = place(ctx, before)
+    set_place(ctx, before, first, after, position, speaker)
+    if after == '' then redis.call('HSET', ctx.turns, 't' .. session, before .. '\31' .. position) end
+  elseif after == '' then
+    redis.call('HDEL', ctx.turns, 't' .. session)
+  end
+  if after ~= '' then
+    local _, last, position, speaker = place(ctx, after)
+    set_place(ctx, after, before, last, position, speaker)
+  end
+end
+
+-- put a turn at the end of its session, or note its speaker where it stands
+local function link(ctx, id, session, speaker)
+  if not session then return end
+  local before, after, position = place(ctx, id)
+  if not position then
+    local tail = redis.call('HGET', ctx.turns, 't' .. session)
+    if tail then
+      before, position = string.match(tail, '^([^\31]*)\31(.*)$')
+      position = string.format('%.0f', position + 1)
+      local first, _, at, who = place(ctx, before)
+      set_place(ctx, before, first, id, at, who)
+    else
+      redis.call('HSET', ctx.turns, 'pad', string.rep(' ', 65))
+      position = string.format('%.0f', redis.call('HINCRBY', ctx.turns, 'n', 1) * SESSION_STEP)
+    end
+    redis.call('HSET', ctx.turns, 't' .. session, id .. '\31' .. position)
+  end
+  set_place(ctx, id, before, after, position, speaker)
+end
+
+-- fields of the old record that a rewrite with an unchanged vector takes along
+local KEPT = { 'sources', 'superseded_by', 'embedder', 'embedder_next', 'embedding', 'embedding_next' }
+
+-- fields of the old record that a rewrite takes along; the first two even when the vector is dropped
+local KEPT = { 'sources', 'superseded_by', 'embedder', 'embedder_next', 'embedding', 'embedding_next' }
+
+local function write_record(ctx, record, version, created_at)
+  local key, values, flat = ctx.prefix .. record.id, record.values, {}
+  local function set(name, value)
+    flat[#flat + 1] = name
+    flat[#flat + 1] = value
+  end
+  for _, name in ipairs(record.fields) do
+    if name ~= 'embedding' then set(name, values[name]) end
+  end
+  set('pk', record.id)
+  set('version', version)
+  set('created_at', created_at)
+  set('updated_at', string.format('%.6f', ctx.now_ms / 1000))
+  local embedded = false
+  if record.keep then
+    local kept = redis.call('HMGET', key, unpack(KEPT))
+    for i = 1, record.keep do
+      if kept[i] then set(KEPT[i], kept[i]) end
+    end
+    embedded = record.keep == #KEPT and kept[3]
+  end
+  if values.embedding and ctx.store_embedder == ctx.embedder
+      and fits(ctx, record.id, record.prev_id, record.prev_hash) then
+    set(ctx.vector_field, values.embedding)
+    set('embedder', ctx.embedder)
+    embedded = true
+  end
+  redis.call('DEL', key)
+  redis.call('HSET', key, unpack(flat))
+  redis.call('ZADD', ctx.ids, created_at, record.id)
+  return embedded and 1 or 0
+end
+
+local function put_one(ctx, record, stale)
+  local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'content_hash', 'superseded_by',
+    'version', 'created_at', 'embedder', 'session_id')
+  local there, values = old[1], record.values
+  if there and old[2] == values.content_hash and (old[3] or '') == (values.superseded_by or '') then
+    return 'UNCHANGED', old[4] or '0', old[6] and 1 or 0
+  end
+  if there and record.kind == 'derived' then return 'TAKEN', old[4] or '0', 0 end
+  local version, created_at = bump(ctx), old[5]
+  if not created_at then
+    created_at = record.created_at ~= '' and record.created_at or next_created_at(ctx)
+  end
+  if old[7] and old[7] ~= values.session_id then unlink(ctx, record.id, old[7], stale) end
+  if not values.superseded_by then link(ctx, record.id, values.session_id, record.speaker) end
+  local embedded = write_record(ctx, record, version, created_at)
+  drop_successor(ctx, record.id, stale)
+  log(ctx, there and 'updated' or 'created', record.id, version)
+  return there and 'UPDATED' or 'CREATED', version, embedded
+end
+
+-- functions -----------------------------------------------------------------------------------
+
+local function open(keys, args)
+  local alias, index, meta = keys[1], keys[2], keys[3]
+  local now_ms, embedder, dim, field = tonumber(args[1]), args[2], args[3], args[4]
+  if not (meta and now_ms and field) then return misuse('rm_open alias index meta | …') end
+  local made = redis.pcall('FT.CREATE', unpack(args, 5))
+  if made.err and not string.find(made.err, 'already exists') then return made end
+  local named = redis.pcall('FT.ALIASUPDATE', alias, index)
+  if named.err then return named end
+  if redis.call('HEXISTS', meta, 'generation') == 0 then
+    redis.call('HSET', meta, 'generation', string.format('%.0f', now_ms))
+  end
+  redis.call('HSET', meta, 'index', index, 'algorithm', 'FLAT', 'vector_field', field,
+    'embedder', embedder, 'dim', dim)
+  return 'OK'
+end
+
+local function put(keys, args)
+  local ctx = context_of(keys, args)
+  local records, at = {}, 7
+  for i = 1, tonumber(args[6] or '') or 0 do
+    records[i], at = parsed(args, at)
+    if not records[i] then return misuse('rm_put: a record is cut off') end
+    if bad_vector(records[i], ctx.dim) then return misuse('rm_put: a vector has the wrong length') end
+  end
+  local wrong = wrong_types(ctx)
+  if wrong then return wrong end
+  if not index_of(ctx) then return { 'NOINDEX' } end
+
+  local stale, outcomes = {}, {}
+  for _, record in ipairs(records) do
+    local outcome, version, embedded = put_one(ctx, record, stale)
+    for _, item in ipairs({ outcome, record.id, version, embedded }) do outcomes[#outcomes + 1] = item end
+  end
+  return { 'OK', redis.call('HGET', ctx.meta, 'generation'), stale, outcomes }
+end
+
+local function update(keys, args)
+  local ctx = context_of(keys, args)
+  local record = parsed(args, 7)
+  if not record then return misuse('rm_update: the record is cut off') end
+  local wrong = wrong_types(ctx)
+  if wrong then return wrong end
+  if not index_of(ctx) then return { 'NOINDEX' } end
+  local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'version', 'created_at', 'session_id',
+    'superseded_by')
+  if not old[1] then return { 'MISSING' } end
+  if (old[2] or '0') ~= args[6] then return { 'STALE', old[2] or '0' } end
+
+  local version, stale, session = bump(ctx), {}, record.values.session_id
+  record.keep = record.kind == 'keep' and #KEPT or 2
+  if old[4] and old[4] ~= session then unlink(ctx, record.id, old[4], stale) end
+  if not old[5] then link(ctx, record.id, session, record.speaker) end
+  local embedded = write_record(ctx, record, version, old[3] or next_created_at(ctx))
+  if record.kind ~= 'keep' then drop_successor(ctx, record.id, stale) end
+  log(ctx, 'updated', record.id, version)
+  return { 'OK', version, embedded, stale }
+end
+
+local function delete(keys, args)
+  local ctx = {
+    meta = keys[1], ids = keys[2], log = keys[3], turns = keys[4],
+    prefix = args[1], now_ms = tonumber(args[2]), log_length = args[3],
+  }
+  if not (ctx.turns and ctx.now_ms and ctx.log_length) then return misuse('rm_delete meta ids log turns | …') end
+  local wrong = wrong_types(ctx)
+  if wrong then return wrong end
+
+  local stale, outcomes = {}, {}
+  for i = 4, #args do
+    local key, outcome = ctx.prefix .. args[i], 'MISSING'
+    if redis.call('EXISTS', key) == 1 then
+      outcome = 'DELETED'
+      unlink(ctx, args[i], redis.call('HGET', key, 'session_id'), stale)
+      redis.call('DEL', key)
+      redis.call('ZREM', ctx.ids, args[i])
+      log(ctx, 'deleted', args[i], bump(ctx))
+    end
+    outcomes[#outcomes + 1] = outcome
+  end
+  return { 'OK', redis.call('HGET', ctx.meta, 'generation') or '0', stale, outcomes }
+end
+
+local function correct(keys, args)
+  local ctx = context_of(keys, args)
+  local count = tonumber(args[6] or '') or 0
+  local record = parsed(args, 7 + count)
+  if count < 1 or not record then return misuse('rm_correct: the record is cut off') end
+  local wrong = wrong_types(ctx)
+  if wrong then return wrong end
+  if not index_of(ctx) then return { 'NOINDEX' } end
+  local done = 0
+  for i = 7, 6 + count do
+    local old = redis.call('HMGET', ctx.prefix .. args[i], 'text', 'superseded_by')
+    if not old[1] then return { 'MISSING', args[i] } end
+    if old[2] == record.id then done = done + 1 end
+  end
+  local there = redis.call('HMGET', ctx.prefix .. record.id, 'content_hash', 'version', 'embedder', 'text',
+    'superseded_by')
+  local same = there[4] and there[1] == record.values.content_hash and not there[5]
+  if same and done == count then
+    return { 'UNCHANGED', redis.call('HGET', ctx.meta, 'generation'), there[2], there[3] and 1 or 0, {} }
+  end
+  -- an unrelated memory with this id must not be overwritten by a correction of others
+  if there[4] and not same then return { 'TAKEN', record.id } end
+
+  local stale, olds = {}, {}
+  local outcome, version = put_one(ctx, record, stale)
+  for i = 7, 6 + count do
+    local key = ctx.prefix .. args[i]
+    olds[#olds + 1] = args[i]
+    unlink(ctx, args[i], redis.call('HGET', key, 'session_id'), stale)
+    version = bump(ctx)
+    redis.call('HSET', key, 'superseded_by', record.id, 'version', version,
+      'updated_at', string.format('%.6f', ctx.now_ms / 1000))
+    log(ctx, 'superseded', args[i], version, record.id)
+  end
+  log(ctx, 'corrects', record.id, version, cjson.encode(olds))
+  local raw = redis.call('HMGET', ctx.prefix .. record.id, 'version', 'embedder')
+  return { outcome, version, raw[1], raw[2] and 1 or 0, stale }
+end
+
+local function embed(keys, args)
+  local ctx = {
+    meta = keys[1], ids = keys[2], turns = keys[3],
+    prefix = args[1], now_ms = tonumber(args[2]), embedder = args[3], dim = tonumber(args[4]),
+  }
+  if not (ctx.turns and ctx.now_ms and ctx.dim) or (#args - 4) % 5 ~= 0 then
+    return misuse('rm_embed meta ids turns | prefix now_ms embedder dim, …')
+  end
+  for i = 9, #args, 5 do
+    if #args[i] ~= 2 * ctx.dim then return misuse('rm_embed: a vector has the wrong length') end
+  end
+  index_of(ctx)
+
+  local words, written = {}, false
+  for i = 5, #args, 5 do
+    local id, key = args[i], ctx.prefix .. args[i]
+    local raw = redis.call('HMGET', key, 'text', 'content_hash', 'created_at')
+    if not raw[1] then
+      words[#words + 1] = 'MISSING'
+    elseif ctx.store_embedder ~= ctx.embedder then
+      words[#words + 1] = 'REFUSED'
+    elseif (raw[2] or '') ~= args[i + 1] or not fits(ctx, id, args[i + 2], args[i + 3]) then
+      words[#words + 1] = 'STALE'
+    else
+      -- a memory that another service wrote joins the list of ids here
+      local created_at = raw[3] or next_created_at(ctx)
+      redis.call('HSET', key, ctx.vector_field, args[i + 4], 'embedder', ctx.embedder, 'pk', id,
+        'created_at', created_at)
+      redis.call('ZADD', ctx.ids, 'NX', tonumber(created_at) or ctx.now_ms / 1000, id)
+      words[#words + 1], written = 'OK', true
+    end
+  end
+  if written then redis.call('HINCRBY', ctx.meta, 'generation', 1) end
+  return words
+end
+
+local function forget(keys, args)
+  local alias, meta, ids, log_key, turns = keys[1], keys[2], keys[3], keys[4], keys[5]
+  local prefix, limit = args[1], tonumber(args[2] or '')
+  if not (turns and limit) then return misuse('rm_forget alias meta ids log turns | prefix limit') end
+
+  local victims = redis.call('ZRANGE', ids, 0, limit - 1)
+  if #victims == 0 then
+    -- memories that other services wrote are in the index only
+    local found = redis.pcall('FT.SEARCH', alias, '*', 'NOCONTENT', 'LIMIT', 0, limit)
+    if not found.err then
+      for i = 2, #found do victims[#victims + 1] = string.sub(found[i], #prefix + 1) end
+    end
+  end
+  local memories = 0
+  for _, id in ipairs(victims) do memories = memories + redis.call('DEL', prefix .. id) end
+  for first = 1, #victims, UNPACK do
+    redis.call('ZREM', ids, unpack(victims, first, math.min(first + UNPACK - 1, #victims)))
+  end
+  if #victims > 0 then return { 'OK', memories, 0, 0 } end
+
+  local index = redis.call('HGET', meta, 'index')
+  if index then redis.pcall('FT.DROPINDEX', index) end
+  return { 'OK', 0, redis.call('DEL', meta, ids, log_key, turns), 1 }
+end
+
+redis.register_function('rm_open_v1', open)
+redis.register_function('rm_put_v1', put)
+redis.register_function('rm_update_v1', update)
+redis.register_function('rm_delete_v1', delete)
+redis.register_function('rm_correct_v1', correct)
+redis.register_function('rm_embed_v1', embed)
+redis.register_function('rm_forget_v1', forget)

@@ -1,0 +1,1 @@
+"""Memory for AI assistants in Redis: the right memories in milliseconds."""

@@ -1,0 +1,156 @@
+"""Reads by id, in order of time, and the history of a memory. Changes nothing."""
+
+from __future__ import annotations
+
+import math
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from redismem.codec import READ_FIELDS, memory_from_raw
+from redismem.errors import IndexMissing, InvalidInput, NotFound
+from redismem.keys import Owner
+from redismem.lualib import Functions
+from redismem.query import filter_query
+from redismem.types import Filters, HistoryEvent, HistoryReply, ListReply, Memory
+
+_LOG_PAGE = 1000
+_EXPORT_PAGE = 200
+
+
+class Browser:
+    """Reads memories other than by search."""
+
+    def __init__(self, functions: Functions) -> None:
+        self._functions = functions
+
+    async def get(self, owner: Owner, memory_id: str) -> Memory:
+        """Return one memory. Cost: one round trip.
+
+        Raises:
+            NotFound: there is no such memory.
+        """
+        raw = await self._functions.client.execute("HMGET", owner.memory(memory_id), *READ_FIELDS)
+        memory = memory_from_raw(raw)
+        if memory is None:
+            raise NotFound(f"there is no memory {memory_id!r}")
+        memory.id = memory_id
+        return memory
+
+    async def page(
+        self, owner: Owner, filters: Filters, *, limit: int = 50, cursor: str | None = None
+    ) -> ListReply:
+        """Return memories newest first; `cursor` of the reply continues where it ended.
+
+        Raises:
+            InvalidInput: the cursor is not one of ours.
+
+        Cost: one round trip.
+        """
+        before, seen = _decoded_cursor(cursor)
+        query = page = filter_query(filters)
+        if cursor is not None:
+            bound = f"@created_at:[-inf {before}]"
+            page = bound if query == "*" else f"{query} {bound}"
+        raw = await self._functions.call(
+            "rm_list_ro_v1",
+            [owner.index, owner.meta],
+            *(owner.memory_prefix, query, page, limit + len(seen) + 1, *READ_FIELDS),
+            read=True,
+        )
+        if raw[0] == b"NOINDEX":
+            raise IndexMissing("this user's index is missing; run `redismem doctor --repair`")
+        _, generation, total, *rows = raw
+        memories, moments = [], {}
+        for raw_id, fields in zip(rows[::2], rows[1::2], strict=True):
+            memory = memory_from_raw(fields)
+            if memory is not None and raw_id.decode() not in seen:
+                memory.id = raw_id.decode()
+                moments[memory.id] = _number17(fields[READ_FIELDS.index("created_at")] or b"0")
+                memories.append(memory)
+        reply = ListReply(memories=memories[:limit], total=int(total), generation=int(generation))
+        if len(memories) > limit:
+            last = moments[reply.memories[-1].id]
+            ties = [memory.id for memory in reply.memories if moments[memory.id] == last]
+            reply.cursor = _encoded_cursor(last, [*(seen if last == before else ()), *ties])
+        return reply
+
+    async def history(self, owner: Owner, memory_id: str) -> HistoryReply:
+        """Return what happened to a memory, oldest first; deleted ones keep their history.
+
+        Raises:
+            NotFound: the owner's log knows no such memory (any more).
+
+        Cost: one round trip per 1,000 events of the owner.
+        """
+        events = []
+        start = "-"
+        while True:
+            page = await self._functions.client.execute("XRANGE", owner.log, start, "+", "COUNT", _LOG_PAGE)
+            for _, flat in page:
+                entry = dict(zip(flat[::2], flat[1::2], strict=True))
+                if entry[b"id"].decode() == memory_id:
+                    events.append(_event(entry))
+            if len(page) < _LOG_PAGE:
+                break
+            start = "(" + page[-1][0].decode()
+        if not events:
+            raise NotFound(f"nothing is known of memory {memory_id!r}")
+        return HistoryReply(id=memory_id, events=events)
+
+    async def export(self, owner: Owner) -> AsyncIterator[list[Memory]]:
+        """Yield all memories in pages, oldest first; what is written meanwhile is not in it.
+
+        Memories that another service wrote are in it once `redismem reembed` has seen them.
+        Cost: a list of all ids (0.1 ms per 1,000), then one round trip per 200 memories.
+        """
+        ids = await self._functions.client.execute("ZRANGE", owner.ids, 0, -1)
+        for first in range(0, len(ids), _EXPORT_PAGE):
+            part = [raw_id.decode() for raw_id in ids[first : first + _EXPORT_PAGE]]
+            rows = await self._functions.client.pipeline(
+                [("HMGET", owner.memory(memory_id), *READ_FIELDS) for memory_id in part]
+            )
+            page = []
+            for memory_id, raw in zip(part, rows, strict=True):
+                if (memory := memory_from_raw(raw)) is not None:
+                    memory.id = memory_id
+                    page.append(memory)
+            yield page
+
+
+def _event(entry: dict[bytes, bytes]) -> HistoryEvent:
+    other = entry[b"other"].decode()
+    return HistoryEvent(
+        at=datetime.fromtimestamp(int(entry[b"at_ms"]) / 1000, UTC),
+        event=entry[b"event"].decode(),
+        version=int(entry[b"version"]),
+        other=msgspec.json.decode(other, type=list[str])
+        if other.startswith("[")
+        else [other]
+        if other
+        else [],
+    )
+
+
+def _encoded_cursor(before: str, seen: Sequence[str]) -> str:
+    return urlsafe_b64encode(msgspec.json.encode((before, seen))).decode().rstrip("=")
+
+
+def _decoded_cursor(cursor: str | None) -> tuple[str, frozenset[str]]:
+    if cursor is None:
+        return "+inf", frozenset()
+    try:
+        raw = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+        before, seen = msgspec.json.decode(raw, type=tuple[str, list[str]])
+        return _number17(before), frozenset(seen)
+    except ValueError as exc:
+        raise InvalidInput("`cursor` is not one that this service gave", field="cursor") from exc
+
+
+def _number17(raw: str | bytes) -> str:
+    number = float(raw)
+    if not math.isfinite(number):
+        raise ValueError(number)
+    return format(number, ".17g")

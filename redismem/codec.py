@@ -1,0 +1,162 @@
+"""The only place that turns memories into hash fields and back. Pure: no I/O, no clock."""
+
+from __future__ import annotations
+
+from base64 import b32encode
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from redismem.query import epoch, metadata_tags, packed_tags, unpacked_tags
+from redismem.types import MAX_METADATA_BYTES, Memory, MemoryInput
+from redismem.words import day_words, extra_words
+
+#: what a reader fetches, in the order `memory_from_raw` expects
+READ_FIELDS = (
+    *("pk", "text", "memory_type", "topics", "entities", "session_id", "event_date", "created_at"),
+    *("updated_at", "importance", "confidence", "pinned", "metadata", "version", "embedder"),
+    *("superseded_by", "sources"),
+)
+
+# values a hash written by another service may lack
+_UNSET_MOMENT = datetime.fromtimestamp(0, UTC)
+
+
+def memory_fields(memory: MemoryInput, now_s: float) -> dict[str, str | bytes]:
+    """Return the hash fields of a memory, without vector, version and timestamps.
+
+    Raises:
+        ValueError: the metadata is larger than 16 KiB, or the event lies outside years 1-9999.
+    """
+    fields: dict[str, str | bytes] = {
+        "text": memory.text,
+        "memory_type": memory.memory_type,
+        "importance": repr(memory.importance),
+        "confidence": repr(memory.confidence),
+        "pinned": "1" if memory.pinned else "0",
+        "content_hash": content_hash(memory),
+        "partition": quarter(epoch(memory.event_date) if memory.event_date else now_s),
+    }
+    if words := extra_words(memory.text):
+        fields["words"] = words
+    if memory.topics:
+        fields["topics"] = packed_tags(memory.topics)
+    if memory.entities:
+        fields["entities"] = packed_tags(memory.entities)
+    if memory.session_id is not None:
+        fields["session_id"] = memory.session_id
+    if memory.event_date is not None:
+        fields["event_date"] = format(epoch(memory.event_date), ".6f")
+        fields["day"] = day_words(memory.event_date)
+    if memory.metadata:
+        fields["metadata"] = msgspec.json.encode(memory.metadata)
+        if len(fields["metadata"]) > MAX_METADATA_BYTES:
+            raise ValueError(f"`metadata` is longer than {MAX_METADATA_BYTES} bytes")
+        if tags := metadata_tags(memory.metadata):
+            fields["metadata_tags"] = packed_tags(tags)
+    return fields
+
+
+def content_hash(memory: MemoryInput) -> str:
+    """Return 26 characters that two memories share exactly when a writer gave the same content."""
+    moment = format(epoch(memory.event_date), ".6f") if memory.event_date else None
+    content = [
+        *(memory.text, memory.memory_type, sorted(memory.topics), sorted(memory.entities)),
+        *(memory.session_id, moment, memory.importance, memory.confidence, memory.pinned),
+        msgspec.json.encode(memory.metadata, order="deterministic"),
+    ]
+    return _digest(msgspec.msgpack.encode(content))
+
+
+def derived_id(digest: str, attempt: int = 0) -> str:
+    """Return the id of a memory whose writer gave none; another one for each `attempt`.
+
+    The first attempt is the content hash, so that a repeated write meets its first copy.
+    """
+    return digest if attempt == 0 else _digest(f"{digest}:{attempt}".encode())
+
+
+def _digest(content: bytes) -> str:
+    return b32encode(blake2b(content, digest_size=16).digest()).decode().rstrip("=").lower()
+
+
+def quarter(epoch_s: float) -> str:
+    """Return the partition of a moment, such as `2026-Q1`."""
+    moment = datetime.fromtimestamp(epoch_s, UTC)
+    return f"{moment.year:04d}-Q{(moment.month + 2) // 3}"
+
+
+def memory_from_raw(raw: Sequence[bytes | None]) -> Memory | None:
+    """Return the memory of `READ_FIELDS` values; None when the hash has no text (it is gone)."""
+    if raw[1] is None:
+        return None
+    return Memory(**memory_values(raw))
+
+
+def memory_values(raw: Sequence[bytes | None]) -> dict[str, Any]:
+    """Return the fields of `types.Memory`; tolerant of what other services leave out."""
+    (pk, text, memory_type, topics, entities, session_id, event_date, created_at) = raw[:8]
+    (updated_at, importance, confidence, pinned, metadata, version, embedder) = raw[8:15]
+    (superseded_by, sources) = raw[15:17]
+    return {
+        "id": _decoded(pk),
+        "text": _decoded(text),
+        "memory_type": _decoded(memory_type) or "semantic",
+        "topics": unpacked_tags(_decoded(topics)),
+        "entities": unpacked_tags(_decoded(entities)),
+        "session_id": _decoded(session_id) or None,
+        "event_date": _moment(event_date),
+        "created_at": _moment(created_at) or _UNSET_MOMENT,
+        "updated_at": _moment(updated_at) or _moment(created_at) or _UNSET_MOMENT,
+        "importance": _number(importance, 0.5),
+        "confidence": _number(confidence, 1.0),
+        "pinned": pinned in (b"1", b"True", b"true"),
+        "metadata": _json_object(metadata),
+        "version": int(_number(version, 0)),
+        "embedded": bool(embedder),
+        "superseded_by": _decoded(superseded_by) or None,
+        "sources": unpacked_tags(_decoded(sources)),
+    }
+
+
+def _decoded(raw: bytes | None) -> str:
+    return raw.decode("utf-8", "replace") if raw else ""
+
+
+def _number(raw: bytes | None, default: float) -> float:
+    try:
+        return float(raw) if raw else default
+    except ValueError:
+        return default
+
+
+def _moment(raw: bytes | None) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(float(raw), UTC) if raw else None
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def _json_object(raw: bytes | None) -> dict[str, object]:
+    try:
+        value = msgspec.json.decode(raw) if raw else {}
+    except msgspec.DecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def vector_bytes(vector: NDArray[np.floating]) -> bytes:
+    """Return a vector as the FLOAT16 bytes of the index; shape (dim,)."""
+    return np.asarray(vector, dtype=np.float16).tobytes()
+
+
+def unit(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Return rows scaled to L2 norm 1; shape (…, dim). A zero row stays zero."""
+    rows = np.asarray(vectors, dtype=np.float64)
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return (rows / np.where(norms == 0, 1, norms)).astype(np.float32)

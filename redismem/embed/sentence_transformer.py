@@ -1,0 +1,88 @@
+"""Any sentence-transformers model, by name or path: the only user of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from redismem.embed.protocol import Vectors
+from redismem.errors import EmbedderUnavailable, Misconfigured
+
+_DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+_SLICE_TEXTS = 16  # an urgent query waits for at most one slice per running bulk call
+
+
+class SentenceTransformerEmbedder:
+    """Embeds with torch in one thread of its own.
+
+    Args:
+        model: name on the Hugging Face hub, or a directory (nothing is downloaded then).
+
+    Raises:
+        Misconfigured: the package is missing, or the model cannot be loaded.
+    """
+
+    def __init__(self, model: str = "") -> None:
+        model = model or _DEFAULT_MODEL
+        try:
+            library = import_module("sentence_transformers")
+        except ImportError as exc:
+            raise Misconfigured(
+                "The embedder 'sentence-transformers' needs packages that are not installed: pip install torch==2.13.0 "
+                "&& pip install 'redismem[sentence-transformers]' (torch first: else pip fetches gigabytes of CUDA)."
+            ) from exc
+        try:
+            self._model = library.SentenceTransformer(model)
+        except Exception as exc:  # the libraries below raise a dozen types for a wrong name, path or file
+            raise Misconfigured(
+                f"REDISMEM_EMBEDDER_MODEL {model!r} cannot be loaded ({type(exc).__name__}); "
+                "give a model's name on the hub, or the directory of a saved model.",
+                field="embedder_model",
+            ) from exc
+        self.name = _name(model)
+        self.dim = self._encode([""]).shape[1]
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="redismem-torch")
+        self._closed = False
+
+    async def embed(self, texts: list[str], *, urgent: bool = True) -> Vectors:
+        """Return one row per text; see `Embedder.embed`. Calls of several slices give way in between."""
+        loop = asyncio.get_running_loop()
+        parts = [np.empty((0, self.dim), np.float32)]
+        for start in range(0, len(texts), _SLICE_TEXTS):
+            if self._closed:
+                raise EmbedderUnavailable("The embedder is closed.")
+            texts_of_slice = texts[start : start + _SLICE_TEXTS]
+            try:
+                parts.append(await loop.run_in_executor(self._executor, self._encode, texts_of_slice))
+            except RuntimeError as exc:
+                raise EmbedderUnavailable(f"The model failed: {type(exc).__name__}.") from exc
+        return np.concatenate(parts)
+
+    async def close(self) -> None:
+        """Finish the slices that were accepted, then end the thread."""
+        self._closed = True
+        await asyncio.to_thread(self._executor.shutdown)
+
+    def _encode(self, texts: list[str]) -> Vectors:
+        clean = [text.encode("utf-8", "replace").decode() for text in texts]  # no lone surrogates
+        vectors = self._model.encode(clean, normalize_embeddings=True, show_progress_bar=False)
+        return np.asarray(vectors, np.float32)
+
+
+def _name(model: str) -> str:
+    """Return the hub's name, or `<directory>-<hash of its files>`, since a directory can change under its name."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        if path.suffix in (".json", ".txt", ".model", ".safetensors", ".bin"):
+            digest.update(path.relative_to(directory).as_posix().encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{directory.resolve().name}-{digest.hexdigest()[:12]}"

@@ -1,0 +1,131 @@
+"""The only place that defines what can go wrong, and which HTTP status says so.
+
+RedisMemError
+├── InvalidInput            422  a field has a wrong value
+│   └── MalformedBody       400  the body is not the JSON it claims to be
+├── PayloadTooLarge         413  the body is larger than the limit
+├── NotFound                404  no such memory
+├── Conflict                409  the request contradicts what is stored
+├── VersionMismatch         412  If-Match names an older version
+├── Unavailable             503  try again: Redis or the embedder cannot answer now
+│   ├── RedisUnavailable
+│   ├── EmbedderUnavailable
+│   └── IndexMissing
+├── DeadlineExceeded        504  the time budget ended before an answer
+├── EmbedderMismatch        409  the store holds vectors of another embedder
+├── StoreError              500  Redis answered with an error we did not expect: a defect
+└── Misconfigured           500  the process cannot start like this; shown by the CLI
+"""
+
+from __future__ import annotations
+
+
+class RedisMemError(Exception):
+    """Any failure of redismem that a caller may see.
+
+    Args:
+        message: what happened and what to do about it, without memory text.
+        field: path of the offending input field, as the caller wrote it.
+    """
+
+    status = 500
+    code = "internal"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidInput(RedisMemError):
+    """A field has a value outside its contract: correct the named field."""
+
+    status = 422
+    code = "invalid"
+
+
+class MalformedBody(InvalidInput):
+    """The body cannot be parsed: send valid JSON."""
+
+    status = 400
+    code = "malformed"
+
+
+class PayloadTooLarge(RedisMemError):
+    """The body exceeds the limit: split it."""
+
+    status = 413
+    code = "too_large"
+
+
+class NotFound(RedisMemError):
+    """The memory does not exist, or no longer does."""
+
+    status = 404
+    code = "not_found"
+
+
+class Conflict(RedisMemError):
+    """What is stored contradicts the request: read it again and decide."""
+
+    status = 409
+    code = "conflict"
+
+
+class VersionMismatch(RedisMemError):
+    """The record changed since it was read: read it again, merge, retry."""
+
+    status = 412
+    code = "version_mismatch"
+
+
+class Unavailable(RedisMemError):
+    """A service behind us cannot answer now: retry after `retry_after_s`."""
+
+    status = 503
+    code = "unavailable"
+    retry_after_s = 1
+
+
+class RedisUnavailable(Unavailable):
+    """Redis is away, still loading, read-only or out of memory."""
+
+    code = "redis_unavailable"
+
+
+class EmbedderUnavailable(Unavailable):
+    """The embedder cannot answer now; words are still searchable."""
+
+    code = "embedder_unavailable"
+
+
+class IndexMissing(Unavailable):
+    """A user has memories but no index (it was dropped by hand): rebuild it and ask again."""
+
+    code = "index_missing"
+
+
+class DeadlineExceeded(RedisMemError):
+    """The time budget ended first: allow more time or ask for less."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+class EmbedderMismatch(RedisMemError):
+    """The store's vectors come from another embedder: run `redismem reembed`."""
+
+    status = 409
+    code = "embedder_mismatch"
+
+
+class StoreError(RedisMemError):
+    """Redis refused a command of ours: a defect, or a foreign hand in the schema."""
+
+    code = "store_error"
+
+
+class Misconfigured(RedisMemError):
+    """The environment or the Redis server does not allow a start; the message has the remedy."""
+
+    code = "misconfigured"

@@ -1,0 +1,127 @@
+"""Builds the ASGI application: routing on the raw path, request ids, errors as JSON."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from redismem.errors import RedisMemError
+from redismem.http.docs import docs_page
+from redismem.http.openapi import openapi_document
+from redismem.http.routes import OPERATIONS
+from redismem.http.wire import error_response, json_response
+from redismem.service import Service, open_service
+from redismem.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class RawPath:
+    """Routes on the percent-encoded path, so that a user id may hold slashes and percent signs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope.get("raw_path"):
+            scope = {**scope, "path": scope["raw_path"].partition(b"?")[0].decode("latin-1")}
+        await self._app(scope, receive, send)
+
+
+class RequestId:
+    """Takes X-Request-ID from the caller or makes one, and returns it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode(
+            "latin-1"
+        )
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def tagged(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, tagged)
+
+
+async def _own_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RedisMemError)
+    if exc.status >= 500:
+        logger.warning("%s %s: %s", request.method, exc.code, exc.message)
+    return error_response(exc, request.state.request_id)
+
+
+async def _http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    error = RedisMemError(
+        f"there is no {request.url.path}; see /docs" if exc.status_code == 404 else exc.detail
+    )
+    error.status, error.code = exc.status_code, exc.detail.lower().replace(" ", "_")
+    response = error_response(error, request.state.request_id)
+    response.headers.update(exc.headers or {})
+    return response
+
+
+async def _defect(request: Request, exc: Exception) -> Response:
+    logger.error("%s failed", request.method, exc_info=exc)
+    error = RedisMemError("an internal error; the service's log has it under this request_id")
+    return error_response(error, request.state.request_id)
+
+
+def create_app(service: Service | None = None, settings: Settings | None = None) -> ASGIApp:
+    """Return the application of an open service, or of one that it opens at startup from settings."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        if service is not None:
+            yield
+            return
+        async with open_service(settings or Settings.from_environment()) as opened:
+            app.state.service = opened
+            yield
+
+    document = openapi_document(OPERATIONS)
+    page = docs_page(document)
+
+    async def openapi(request: Request) -> Response:
+        return json_response(document)
+
+    async def docs(request: Request) -> Response:
+        return Response(page, media_type="text/html")
+
+    routes = [Route(item.path, item.handler, methods=[item.method]) for item in OPERATIONS]
+    routes += [Route("/openapi.json", openapi), Route("/docs", docs)]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={RedisMemError: _own_error, HTTPException: _http_error, Exception: _defect},
+    )
+    app.router.redirect_slashes = False
+    if service is not None:
+        app.state.service = service
+    return RequestId(RawPath(app))
+
+
+def worker_app() -> ASGIApp:
+    """Return the application of one uvicorn worker, set up by the environment."""
+    return create_app()

@@ -1,0 +1,466 @@
+"""The table of routes, and what each does with a request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from redismem.errors import InvalidInput, RedisMemError, Unavailable
+from redismem.http.wire import (
+    converted,
+    decoded,
+    json_response,
+    path_part,
+    read_body,
+    read_lines,
+)
+from redismem.keys import Owner
+from redismem.service import Service
+from redismem.types import (
+    MAX_BATCH_MEMORIES,
+    BatchReply,
+    BatchRequest,
+    CorrectionReply,
+    CorrectionRequest,
+    DeleteReply,
+    Filters,
+    ForgetReply,
+    HistoryReply,
+    ImportRecord,
+    ImportReply,
+    ListReply,
+    Memory,
+    MemoryInput,
+    MemoryPatch,
+    PutItem,
+    PutReply,
+    SearchReply,
+    SearchRequest,
+    checked_name,
+)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+#: memories of an import that are written together
+_IMPORT_SLICE = 100
+_MAX_IMPORT_ERRORS = 100
+
+
+class MemoryBatch(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Several memories; each is stored or refused by itself."""
+
+    memories: list[MemoryInput]
+
+
+class Health(Struct, kw_only=True, omit_defaults=True):
+    """Whether the process runs (live), or can serve (ready)."""
+
+    status: str
+    reason: str | None = None
+
+
+class _RawBatch(Struct, forbid_unknown_fields=True, kw_only=True):
+    memories: list[msgspec.Raw]
+
+
+class _ListQuery(Struct, kw_only=True):
+    limit: int = 50
+    cursor: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One method of one path: what OpenAPI says of it and what answers it."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    request: tuple[type[Any], ...] = ()
+    reply: type[Any] | None = None
+    #: success statuses
+    statuses: tuple[int, ...] = (200,)
+    #: error statuses besides 422 (bad path), 503 and, with a body, 400 and 413
+    errors: tuple[int, ...] = ()
+    #: query parameters: name -> JSON schema
+    query: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: request header parameters: name -> description
+    headers: dict[str, str] = field(default_factory=dict)
+    ndjson: bool = False
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _owner(request: Request) -> Owner:
+    return _service(request).owner(path_part(request, "user"))
+
+
+def _memory_id(request: Request) -> str:
+    try:
+        return checked_name(path_part(request, "id"), "id")
+    except ValueError as exc:
+        raise InvalidInput(str(exc), field="id") from exc
+
+
+async def _body(request: Request, kind: type[Any]) -> Any:
+    return decoded(await read_body(request, _service(request).settings.max_body_bytes), kind)
+
+
+def _flag(request: Request, name: str, *, default: bool) -> bool:
+    raw = request.query_params.get(name)
+    if raw is None:
+        return default
+    if raw.lower() not in ("true", "false", "1", "0"):
+        raise InvalidInput(f"`{name}` must be true or false", field=name)
+    return raw.lower() in ("true", "1")
+
+
+async def add_memories(request: Request) -> Response:
+    """Store one memory, or many with an outcome for each."""
+    service, owner = _service(request), _owner(request)
+    wait = _flag(request, "wait", default=True)
+    body = await read_body(request, service.settings.max_body_bytes)
+    if "memories" not in decoded(body, dict[str, msgspec.Raw]):
+        memories, items, single = [decoded(body, MemoryInput)], [None], True
+    else:
+        memories, items = _each_memory(decoded(body, _RawBatch).memories)
+        single = False
+    reply = await service.writer.put(owner, memories, wait=wait)
+    stored = iter(reply.memories)
+    reply.memories = [item or next(stored) for item in items]
+    refused = [i for i, item in enumerate(reply.memories) if item.outcome == "INVALID"]
+    if len(refused) == len(items):
+        first = reply.memories[0]
+        where = first.field if single else f"memories[0].{first.field or ''}".rstrip(".")
+        raise InvalidInput(first.error or "", field=where)
+    return json_response(reply, 201 if wait else 202)
+
+
+def _each_memory(raw_items: list[msgspec.Raw]) -> tuple[list[MemoryInput], list[PutItem | None]]:
+    if not 1 <= len(raw_items) <= MAX_BATCH_MEMORIES:
+        raise InvalidInput(f"`memories` takes 1 to {MAX_BATCH_MEMORIES} memories a request", field="memories")
+    memories: list[MemoryInput] = []
+    items: list[PutItem | None] = []
+    for raw in raw_items:
+        try:
+            memories.append(decoded(raw, MemoryInput))
+            items.append(None)
+        except InvalidInput as exc:
+            items.append(PutItem(outcome="INVALID", error=exc.message, field=exc.field))
+    return memories, items
+
+
+async def list_memories(request: Request) -> Response:
+    """List memories newest first."""
+    page, filters = _list_query(request)
+    if not 1 <= page.limit <= 500:
+        raise InvalidInput("`limit` must be 1 to 500", field="limit")
+    return json_response(await _service(request).page(_owner(request), filters, page.limit, page.cursor))
+
+
+def _list_query(request: Request) -> tuple[_ListQuery, Filters]:
+    page: dict[str, Any] = {}
+    filters: dict[str, Any] = {}
+    for name in request.query_params:
+        values = request.query_params.getlist(name)
+        head, _, rest = name.partition(".")
+        if name in _ListQuery.__struct_fields__:
+            page[name] = values[-1]
+        elif head == "metadata" and rest:
+            filters.setdefault("metadata", {})[rest] = _scalar(values[-1])
+        elif rest:
+            filters.setdefault(head, {})[rest] = values[-1]
+        elif head in ("memory_type", "topics", "entities", "session_id"):
+            filters[name] = values
+        else:
+            filters[name] = values[-1]
+    return converted(page, _ListQuery), converted(filters, Filters)
+
+
+def _scalar(text: str) -> object:
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return text
+    return value if value is None or isinstance(value, str | int | float | bool) else text
+
+
+async def get_memory(request: Request) -> Response:
+    """Read one memory."""
+    memory = await _service(request).browser.get(_owner(request), _memory_id(request))
+    return _with_etag(memory)
+
+
+async def change_memory(request: Request) -> Response:
+    """Change fields of a memory; with If-Match only if nobody else did."""
+    owner, memory_id = _owner(request), _memory_id(request)
+    patch = await _body(request, MemoryPatch)
+    expected = _expected_version(request.headers.get("if-match"))
+    memory = await _service(request).writer.update(owner, memory_id, patch, expected_version=expected)
+    return _with_etag(memory)
+
+
+def _expected_version(tag: str | None) -> int | None:
+    if tag is None or tag.strip() == "*":
+        return None
+    bare = tag.strip().removeprefix("W/").strip('"')
+    if not (bare.isascii() and bare.isdigit() and len(bare) <= 16):
+        raise InvalidInput(
+            '`If-Match` takes one ETag as GET returned it, such as "1763924700123"', field="If-Match"
+        )
+    return int(bare)
+
+
+def _with_etag(memory: Memory) -> Response:
+    return json_response(memory, headers={"ETag": f'"{memory.version}"'})
+
+
+async def delete_memory(request: Request) -> Response:
+    """Delete a memory and everything made from it."""
+    return json_response(await _service(request).writer.delete(_owner(request), _memory_id(request)))
+
+
+async def memory_history(request: Request) -> Response:
+    """Tell what happened to a memory; also after its delete."""
+    return json_response(await _service(request).browser.history(_owner(request), _memory_id(request)))
+
+
+async def search(request: Request) -> Response:
+    """Find the best memories."""
+    owner = _owner(request)
+    return json_response(await _service(request).search(owner, await _body(request, SearchRequest)))
+
+
+async def search_batch(request: Request) -> Response:
+    """Answer up to 50 searches of one user in one round trip."""
+    owner = _owner(request)
+    batch = await _body(request, BatchRequest)
+    return json_response(BatchReply(results=await _service(request).search_each(owner, batch.queries)))
+
+
+async def correct(request: Request) -> Response:
+    """Replace memories that are no longer true."""
+    owner = _owner(request)
+    body = await _body(request, CorrectionRequest)
+    return json_response(await _service(request).writer.correct(owner, body), 201)
+
+
+async def export(request: Request) -> Response:
+    """Stream all memories as NDJSON, oldest first."""
+    pages = _service(request).browser.export(_owner(request))
+    # the first page is read before the status is sent, so that an absent Redis is a 503
+    first = await anext(pages, [])
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield b"".join(msgspec.json.encode(memory) + b"\n" for memory in first)
+        async for page in pages:
+            yield b"".join(msgspec.json.encode(memory) + b"\n" for memory in page)
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+async def import_memories(request: Request) -> Response:
+    """Store an NDJSON stream of memories, such as an export; lines that are refused are reported."""
+    service, owner = _service(request), _owner(request)
+    counts = dict.fromkeys(("CREATED", "UPDATED", "UNCHANGED", "INVALID"), 0)
+    errors: list[PutItem] = []
+    waiting: list[tuple[int, ImportRecord]] = []
+    generation = number = 0
+
+    async def store() -> int:
+        reply = await service.writer.put(owner, [record for _, record in waiting])
+        for (line, _), item in zip(waiting, reply.memories, strict=True):
+            counts[item.outcome] += 1
+            if item.outcome == "INVALID" and len(errors) < _MAX_IMPORT_ERRORS:
+                errors.append(PutItem(outcome="INVALID", error=item.error, field=f"line {line}"))
+        waiting.clear()
+        return reply.generation
+
+    async for raw in read_lines(request, service.settings.max_body_bytes):
+        number += 1
+        try:
+            waiting.append((number, decoded(raw, ImportRecord)))
+        except RedisMemError as exc:
+            counts["INVALID"] += 1
+            if len(errors) < _MAX_IMPORT_ERRORS:
+                where = f"line {number}" + (f": {exc.field}" if exc.field else "")
+                errors.append(PutItem(outcome="INVALID", error=exc.message, field=where))
+        if len(waiting) >= _IMPORT_SLICE:
+            generation = await store()
+    if waiting or not generation:
+        generation = await store()
+    lowered = {name.lower(): count for name, count in counts.items()}
+    return json_response(ImportReply(**lowered, errors=errors, generation=generation))
+
+
+async def forget_user(request: Request) -> Response:
+    """Remove everything of a user."""
+    return json_response(await _service(request).writer.forget(_owner(request)))
+
+
+async def live(request: Request) -> Response:
+    """Tell that the process runs."""
+    return json_response(Health(status="ok"))
+
+
+async def ready(request: Request) -> Response:
+    """Tell whether the process can serve: 503 while Redis is away."""
+    try:
+        await _service(request).ping()
+    except Unavailable as exc:
+        headers = {"Retry-After": str(exc.retry_after_s)}
+        return json_response(Health(status="unavailable", reason=exc.message), 503, headers)
+    return json_response(Health(status="ok"))
+
+
+_USER = "/v1/users/{user}"
+_MEMORY = _USER + "/memories/{id}"
+_WAIT = {
+    "type": "boolean",
+    "default": True,
+    "description": "false: stored and searchable by words at once, embedded within 0.5 s",
+}
+
+
+def _list_parameters() -> dict[str, dict[str, Any]]:
+    names = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 256}}
+    parameters: dict[str, dict[str, Any]] = {
+        "limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 50},
+        "cursor": {"type": "string"},
+        "memory_type": {"type": "array", "items": {"type": "string", "pattern": "^[a-z][a-z0-9_-]{0,63}$"}},
+        **dict.fromkeys(("topics", "entities", "session_id"), names),
+        "pinned": {"type": "boolean"},
+        "superseded": {"type": "string", "enum": ["exclude", "include", "only"]},
+    }
+    for name in ("created_at", "updated_at", "event_date"):
+        parameters |= {f"{name}.{end}": {"type": "string", "format": "date-time"} for end in ("gte", "lt")}
+    for name in ("importance", "confidence"):
+        parameters |= {f"{name}.{end}": {"type": "number"} for end in ("gte", "lt")}
+    return parameters
+
+
+OPERATIONS = (
+    Operation(
+        method="POST",
+        path=_USER + "/memories",
+        handler=add_memories,
+        summary="Store one memory or many",
+        request=(MemoryInput, MemoryBatch),
+        reply=PutReply,
+        statuses=(201, 202),
+        errors=(409,),
+        query={"wait": _WAIT},
+    ),
+    Operation(
+        method="GET",
+        path=_USER + "/memories",
+        handler=list_memories,
+        summary="List memories, newest first",
+        reply=ListReply,
+        query=_list_parameters(),
+    ),
+    Operation(
+        method="GET",
+        path=_MEMORY,
+        handler=get_memory,
+        summary="Read a memory",
+        reply=Memory,
+        errors=(404,),
+    ),
+    Operation(
+        method="PATCH",
+        path=_MEMORY,
+        handler=change_memory,
+        summary="Change a memory",
+        request=(MemoryPatch,),
+        reply=Memory,
+        errors=(404, 412),
+        headers={"If-Match": "ETag of the version to change"},
+    ),
+    Operation(
+        method="DELETE",
+        path=_MEMORY,
+        handler=delete_memory,
+        summary="Delete a memory",
+        reply=DeleteReply,
+        errors=(404,),
+    ),
+    Operation(
+        method="GET",
+        path=_MEMORY + "/history",
+        handler=memory_history,
+        summary="What happened to a memory",
+        reply=HistoryReply,
+        errors=(404,),
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/search",
+        handler=search,
+        summary="Find the best memories",
+        request=(SearchRequest,),
+        reply=SearchReply,
+        errors=(409, 504),
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/search/batch",
+        handler=search_batch,
+        summary="Up to 50 searches at once",
+        request=(BatchRequest,),
+        reply=BatchReply,
+        errors=(409, 504),
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/corrections",
+        handler=correct,
+        summary="Replace what is no longer true",
+        request=(CorrectionRequest,),
+        reply=CorrectionReply,
+        statuses=(201,),
+        errors=(404, 409),
+    ),
+    Operation(
+        method="GET",
+        path=_USER + "/export",
+        handler=export,
+        summary="All memories as NDJSON",
+        reply=Memory,
+        ndjson=True,
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/import",
+        handler=import_memories,
+        summary="Store an NDJSON stream",
+        request=(ImportRecord,),
+        reply=ImportReply,
+        errors=(409,),
+        ndjson=True,
+    ),
+    Operation(
+        method="DELETE",
+        path=_USER,
+        handler=forget_user,
+        summary="Forget a user",
+        reply=ForgetReply,
+    ),
+    Operation(method="GET", path="/health/live", handler=live, summary="The process runs", reply=Health),
+    Operation(
+        method="GET",
+        path="/health/ready",
+        handler=ready,
+        summary="The process can serve",
+        reply=Health,
+    ),
+)

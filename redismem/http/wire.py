@@ -1,0 +1,135 @@
+"""The only place that reads request bodies and writes replies and errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from redismem.errors import InvalidInput, MalformedBody, PayloadTooLarge, RedisMemError, Unavailable
+
+T = TypeVar("T")
+
+_WHERE = re.compile(r" - at `(?:key in )?\$?\.?(.*?)`$")
+_QUOTED = re.compile(r"`([A-Za-z_]+)`")
+
+_encoder = msgspec.json.Encoder()
+
+
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a value of `types` as a JSON response."""
+    return Response(_encoder.encode(value), status, headers, "application/json")
+
+
+def error_response(error: RedisMemError, request_id: str) -> Response:
+    """Return `{"error": {code, message, field?, request_id}}` with the status of the error."""
+    body: dict[str, Any] = {"code": error.code, "message": error.message, "request_id": request_id}
+    if error.field:
+        body["field"] = error.field
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
+    return json_response({"error": body}, error.status, headers)
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """Return the body of a JSON request.
+
+    Raises:
+        MalformedBody: it is not declared as JSON (a web page could send it across origins), or was cut off.
+        PayloadTooLarge: it is longer than the limit.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise MalformedBody("send the body as JSON with the header `Content-Type: application/json`")
+    chunks, size = [], 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit_bytes:
+                raise PayloadTooLarge(f"the body is longer than {limit_bytes} bytes; split it")
+            chunks.append(chunk)
+    except ClientDisconnect as exc:
+        raise MalformedBody("the body ended early") from exc
+    return b"".join(chunks)
+
+
+async def read_lines(request: Request, limit_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the lines of an NDJSON body that are not blank, as they arrive.
+
+    Raises:
+        PayloadTooLarge: a line is longer than the limit.
+    """
+    rest = b""
+    async for chunk in request.stream():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in (*lines, rest):
+            if len(line) > limit_bytes:
+                raise PayloadTooLarge(f"a line is longer than {limit_bytes} bytes")
+        for line in lines:
+            if line.strip():
+                yield line
+    if rest.strip():
+        yield rest
+
+
+def decoded(raw: bytes | msgspec.Raw, kind: type[T], where: str = "") -> T:
+    """Return a JSON document as a value of `types`.
+
+    Args:
+        where: path of the document in the whole body, for errors.
+
+    Raises:
+        MalformedBody: not JSON.
+        InvalidInput: not of this type; the message and `field` name the place.
+    """
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as exc:
+        raise invalid(exc, where) from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise MalformedBody(f"the body is not valid JSON: {exc}", field=where or None) from exc
+    except RecursionError as exc:
+        raise MalformedBody("the body is nested too deeply", field=where or None) from exc
+
+
+def converted(value: object, kind: type[T]) -> T:
+    """Return query parameters as a value of `types`; numbers and booleans come as text.
+
+    Raises:
+        InvalidInput: as for `decoded`.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError as exc:
+        raise invalid(exc, "") from exc
+
+
+def invalid(exc: msgspec.ValidationError, where: str) -> InvalidInput:
+    """Return our error for one of msgspec's, with the path of the field."""
+    text = str(exc)
+    place = _WHERE.search(text)
+    message = text[: place.start()] if place else text
+    path = [where, place[1] if place else ""]
+    if (quoted := _QUOTED.search(message)) and not message.startswith("Expected"):
+        path.append(quoted[1])
+    field = ".".join(part for part in path if part)
+    return InvalidInput(message, field=field or None)
+
+
+def path_part(request: Request, name: str) -> str:
+    """Return a percent-decoded part of the raw path; it may hold any character.
+
+    Raises:
+        InvalidInput: it is not UTF-8, or holds NUL.
+    """
+    try:
+        value = unquote(request.path_params[name], errors="strict")
+    except UnicodeDecodeError as exc:
+        raise InvalidInput(f"`{name}` in the path is not UTF-8", field=name) from exc
+    if "\0" in value:
+        raise InvalidInput(f"`{name}` must not hold NUL characters", field=name)
+    return value

@@ -1,0 +1,93 @@
+"""The only place that makes Redis names.
+
+Every key of one owner carries the hash tag `{tag}`, so all of them live on one cluster slot.
+The tag is percent-encoded: building a name is injective, and no character of a user id can
+leave its place. A memory id stands last in its key, so it needs no encoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from urllib.parse import quote, unquote
+
+#: separates the values of multi-valued TAG fields; inside a value it is percent-encoded
+TAG_SEPARATOR = "|"
+
+#: separates nothing: single-valued TAG fields must not be split, and no valid value holds it
+NO_SEPARATOR = "\x1f"
+
+#: hash of store-wide facts: schema version, embedder, dimension
+STORE = "redismem:store"
+
+#: held while function libraries are loaded, so that two starters cannot downgrade each other
+FUNCTIONS_LOCK = "redismem:lock:functions"
+
+#: vector fields of a record; re-embedding fills the idle one and then switches
+VECTOR_FIELDS = ("embedding", "embedding_next")
+
+META_PATTERN = "redismem:meta:*"
+
+
+def _encoded(part: str) -> str:
+    # "~" is the one unreserved character that quote() keeps and redis-cli globs dislike
+    return quote(part, safe="").replace("~", "%7E")
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose memories: a user inside an optional namespace (1-256 characters each).
+
+    Two owners are the same only if both parts are equal, character by character.
+    """
+
+    user: str
+    namespace: str = ""
+    tag: str = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tag = _encoded(self.user)
+        if self.namespace:
+            tag = f"{_encoded(self.namespace)}/{tag}"
+        object.__setattr__(self, "tag", tag)
+
+    @classmethod
+    def from_tag(cls, tag: str) -> Owner:
+        """Return the owner whose tag this is."""
+        namespace, _, user = tag.rpartition("/")
+        return cls(unquote(user), unquote(namespace))
+
+    @classmethod
+    def from_meta_key(cls, key: str) -> Owner:
+        """Return the owner of a `redismem:meta:{tag}` key."""
+        return cls.from_tag(key[key.index("{") + 1 : key.rindex("}")])
+
+    @property
+    def memory_prefix(self) -> str:
+        return f"redismem:memory:{{{self.tag}}}:"
+
+    def memory(self, memory_id: str) -> str:
+        return self.memory_prefix + memory_id
+
+    @property
+    def index(self) -> str:
+        """The name that is searched: an alias of the index that serves now."""
+        return f"redismem:idx:{{{self.tag}}}"
+
+    def physical_index(self, vector_field: str) -> str:
+        return f"redismem:idx:{{{self.tag}}}:flat:{vector_field}"
+
+    @property
+    def ids(self) -> str:
+        return f"redismem:ids:{{{self.tag}}}"
+
+    @property
+    def meta(self) -> str:
+        return f"redismem:meta:{{{self.tag}}}"
+
+    @property
+    def log(self) -> str:
+        return f"redismem:log:{{{self.tag}}}"
+
+    @property
+    def turns(self) -> str:
+        return f"redismem:turns:{{{self.tag}}}"

@@ -1,0 +1,131 @@
+"""The only reader of the environment (`REDISMEM_*`), and the only home of defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from redismem.errors import Misconfigured
+
+EmbedderName = Literal["minilm", "sentence-transformers", "openai", "deterministic"]
+
+_PREFIX = "REDISMEM_"
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
+
+def _default_data_dir() -> Path:
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(base).expanduser() / "redismem"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a process runs. Each field is set by `REDISMEM_<NAME>`; the CLI's options win over it.
+
+    Raises:
+        Misconfigured: a value is outside its range; the message names the variable.
+    """
+
+    #: redis://, rediss:// or unix:// URL of a server with the search module; empty: embedded
+    redis_url: str = field(default="", repr=False)
+    #: directory of the embedded server's append-only files
+    data_dir: Path = field(default_factory=_default_data_dir)
+    #: connections to Redis per process; more than the concurrent searches one process can serve
+    redis_connections: int = 64
+    #: seconds until an unanswered Redis call is an error; a slice of the longest Function takes 0.02
+    redis_timeout_s: float = 5.0
+
+    #: address to serve on; loopback only, because without API keys anyone who connects may read
+    host: str = "127.0.0.1"
+    #: TCP port to serve on
+    port: int = 8000
+    #: service processes; one per two cores, because the embedder uses two threads
+    workers: int = 1
+    #: namespace of all users of this process; keeps stores of several applications apart
+    namespace: str = ""
+
+    #: which embedder turns text into vectors
+    embedder: EmbedderName = "minilm"
+    #: model name or path (sentence-transformers), model name (openai)
+    embedder_model: str = ""
+    #: base URL of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1
+    embedder_url: str = ""
+    #: key of that endpoint
+    embedder_key: str = field(default="", repr=False)
+    #: seconds an embedding may take, retries included
+    embedder_deadline_s: float = 10.0
+    #: threads of the bundled model; 2 halve the latency of a short query, 4 gain little more
+    embedder_threads: int = 2
+    #: allows the deterministic embedder, whose vectors carry no meaning
+    testing: bool = False
+
+    #: bytes of a request body; larger ones are refused with 413
+    max_body_bytes: int = 1024 * 1024
+    #: events kept per owner, about 100 bytes each
+    log_length: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.redis_url and not self.redis_url.startswith(_REDIS_SCHEMES):
+            raise _wrong("redis_url", f"must start with one of {', '.join(_REDIS_SCHEMES)}")
+        if self.embedder not in get_args(EmbedderName):
+            raise _wrong("embedder", f"must be one of {', '.join(get_args(EmbedderName))}")
+        if self.embedder == "deterministic" and not self.testing:
+            raise _wrong(
+                "embedder",
+                "'deterministic' gives vectors without meaning and is for tests only; "
+                "use 'minilm', or set REDISMEM_TESTING=1",
+            )
+        if self.embedder == "openai" and not (self.embedder_url and self.embedder_model):
+            raise _wrong("embedder_url", "and REDISMEM_EMBEDDER_MODEL are required for 'openai'")
+        for name, low, high in _RANGES:
+            if not low <= getattr(self, name) <= high:
+                raise _wrong(name, f"must be between {low} and {high}")
+        if len(self.namespace) > 256 or "\0" in self.namespace:
+            raise _wrong("namespace", "must have at most 256 characters, none of them NUL")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None, **chosen: object) -> Settings:
+        """Return settings from `environ` (default: the process's), overridden by `chosen` not None."""
+        environ = os.environ if environ is None else environ
+        values: dict[str, object] = {}
+        for item in fields(cls):
+            raw = environ.get(_PREFIX + item.name.upper())
+            if raw is not None:
+                values[item.name] = _parsed(item.name, str(item.type), raw)
+        values.update({name: value for name, value in chosen.items() if value is not None})
+        return cls(**values)  # type: ignore[arg-type]  # each value was parsed by its field's type
+
+
+#: name, lowest, highest
+_RANGES = (
+    ("redis_connections", 1, 10_000),
+    ("redis_timeout_s", 0.05, 600),
+    ("port", 0, 65_535),
+    ("workers", 1, 256),
+    ("embedder_deadline_s", 0.05, 600),
+    ("embedder_threads", 1, 256),
+    ("max_body_bytes", 1024, 1024**3),
+    ("log_length", 1, 10_000_000),
+)
+
+
+def _wrong(name: str, problem: str) -> Misconfigured:
+    return Misconfigured(f"{_PREFIX}{name.upper()} {problem}.", field=name)
+
+
+def _parsed(name: str, kind: str, raw: str) -> object:
+    try:
+        if kind == "int":
+            return int(raw)
+        if kind == "float":
+            return float(raw)
+    except ValueError as exc:
+        raise _wrong(name, f"must be a number, not {raw!r}") from exc
+    if kind == "bool":
+        if raw.lower() not in ("0", "1", "true", "false", "yes", "no"):
+            raise _wrong(name, f"must be 1 or 0, not {raw!r}")
+        return raw.lower() in ("1", "true", "yes")
+    return Path(raw).expanduser() if kind == "Path" else raw

@@ -1,0 +1,407 @@
+"""The only place that defines what goes in and out: requests, memories, replies.
+
+The HTTP layer decodes straight into these types and `/openapi.json` is generated from them, so a
+constraint written here is checked, documented and tested at once. A wrong value raises
+`msgspec.ValidationError` on decoding; `__post_init__` adds what a type cannot say.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+MAX_TEXT_BYTES = 32 * 1024
+MAX_METADATA_BYTES = 16 * 1024
+MAX_BATCH_MEMORIES = 500
+MAX_BATCH_QUERIES = 50
+
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Names = Annotated[list[Name], Meta(max_length=100)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+MemoryType = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,63}\Z")]
+MemoryTypes = Annotated[list[MemoryType], Meta(min_length=1, max_length=100)]
+AnyOf = Annotated[list[Name], Meta(min_length=1, max_length=100)]
+Scalar = str | int | float | bool | None
+Metadata = dict[str, Any]
+
+SearchMode = Literal["hybrid", "semantic", "keyword"]
+QueryType = Literal["suggestion", "prefetch", "primary", "verification"]
+Consistency = Literal["eventual", "session", "strong"]
+PutOutcome = Literal["CREATED", "UPDATED", "UNCHANGED", "INVALID"]
+
+
+def checked_name(value: str, what: str) -> str:
+    """Return `value` stripped.
+
+    Raises:
+        ValueError: it is empty, longer than 256 characters, or holds a control character.
+    """
+    value = value.strip()
+    if not value or len(value) > 256:
+        raise ValueError(f"`{what}` must have 1 to 256 characters")
+    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+        raise ValueError(f"`{what}` must not hold control characters")
+    return value
+
+
+def checked_text(value: str, what: str = "text") -> str:
+    """Return `value` unchanged.
+
+    Raises:
+        ValueError: it is blank, holds NUL, or exceeds 32 KiB of UTF-8.
+    """
+    if not value.strip():
+        raise ValueError(f"`{what}` must not be blank")
+    if "\0" in value:
+        raise ValueError(f"`{what}` must not hold NUL characters")
+    if len(value) > MAX_TEXT_BYTES or len(value.encode()) > MAX_TEXT_BYTES:
+        raise ValueError(f"`{what}` is longer than {MAX_TEXT_BYTES} bytes; split it")
+    return value
+
+
+def _checked_names(values: list[str], what: str) -> list[str]:
+    return list(dict.fromkeys(checked_name(value, what) for value in values))
+
+
+class MemoryInput(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A memory as its writer gives it.
+
+    Without an `id`, the same content twice is one memory. `event_date` is when it happened,
+    `session_id` the conversation it belongs to: turns of one session support each other in search.
+    """
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_BYTES)]
+    id: Name | None = None
+    memory_type: MemoryType = "semantic"
+    topics: Names = field(default_factory=list)
+    entities: Names = field(default_factory=list)
+    session_id: Name | None = None
+    event_date: datetime | None = None
+    importance: Share = 0.5
+    confidence: Share = 1.0
+    pinned: bool = False
+    metadata: Metadata = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked_text(self.text)
+        if self.id is not None:
+            self.id = checked_name(self.id, "id")
+        if self.session_id is not None:
+            self.session_id = checked_name(self.session_id, "session_id")
+        self.topics = _checked_names(self.topics, "topics")
+        self.entities = _checked_names(self.entities, "entities")
+
+
+class MemoryPatch(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """The fields to change; a field left out stays. `null` clears `session_id` and `event_date`."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_BYTES)] | UnsetType = UNSET
+    memory_type: MemoryType | UnsetType = UNSET
+    topics: Names | UnsetType = UNSET
+    entities: Names | UnsetType = UNSET
+    session_id: Name | UnsetType | None = UNSET
+    event_date: datetime | UnsetType | None = UNSET
+    importance: Share | UnsetType = UNSET
+    confidence: Share | UnsetType = UNSET
+    pinned: bool | UnsetType = UNSET
+    metadata: Metadata | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, name) is UNSET for name in self.__struct_fields__):
+            raise ValueError("nothing to change: give at least one field")
+
+
+class PutItem(Struct, kw_only=True, omit_defaults=True):
+    """What became of one memory of a request; `error` says why it was not stored."""
+
+    id: str | None = None
+    outcome: PutOutcome
+    version: int | None = None
+    embedded: bool | UnsetType = UNSET
+    error: str | None = None
+    field: str | None = None
+
+
+class PutReply(Struct, kw_only=True):
+    """One item per memory of the request, in its order."""
+
+    memories: list[PutItem]
+    generation: int
+
+
+class Memory(Struct, kw_only=True, omit_defaults=True):
+    """A stored memory. `version` grows with every write to its owner; use it as the ETag."""
+
+    id: str
+    text: str
+    memory_type: str
+    topics: list[str]
+    entities: list[str]
+    session_id: str | None = None
+    event_date: datetime | None = None
+    created_at: datetime
+    updated_at: datetime
+    importance: float
+    confidence: float
+    pinned: bool
+    metadata: Metadata
+    version: int
+    embedded: bool
+    superseded_by: str | None = None
+    sources: list[str] = field(default_factory=list)
+
+
+class ScoreParts(Struct, kw_only=True, omit_defaults=True):
+    """How a score came about; the README's ranking section has the formula.
+
+    `similarity` is the cosine, `words` the BM25 score; `semantic` and `keyword` are the same
+    after min-max over the candidates; `neighbours` is what adjacent turns added.
+    """
+
+    similarity: float | None = None
+    words: float | None = None
+    semantic: float
+    keyword: float
+    neighbours: float
+    relevance: float
+    recency: float | None = None
+    importance: float | None = None
+
+
+class Hit(Memory, kw_only=True, omit_defaults=True):
+    """A memory found by a search. `score` is 0..1, higher is better."""
+
+    score: float
+    explain: ScoreParts | None = None
+
+
+class TagMatch(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Values of a multi-valued field: at least one of `any`, each of `all`, none of `none`."""
+
+    any: Names = field(default_factory=list)
+    all: Names = field(default_factory=list)
+    none: Names = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.any = _checked_names(self.any, "any")
+        self.all = _checked_names(self.all, "all")
+        self.none = _checked_names(self.none, "none")
+        if not (self.any or self.all or self.none):
+            raise ValueError("a tag filter needs `any`, `all` or `none`")
+
+
+class NumberRange(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Bounds of a number."""
+
+    gt: float | None = None
+    gte: float | None = None
+    lt: float | None = None
+    lte: float | None = None
+
+    def __post_init__(self) -> None:
+        _checked_bounds(self)
+
+
+class TimeRange(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Bounds in time, RFC 3339; a time without zone is UTC."""
+
+    gt: datetime | None = None
+    gte: datetime | None = None
+    lt: datetime | None = None
+    lte: datetime | None = None
+
+    def __post_init__(self) -> None:
+        _checked_bounds(self)
+
+
+def _checked_bounds(bounds: NumberRange | TimeRange) -> None:
+    given = [name for name in ("gt", "gte", "lt", "lte") if getattr(bounds, name) is not None]
+    if not given:
+        raise ValueError("a range needs at least one of `gt`, `gte`, `lt`, `lte`")
+    if {"gt", "gte"} <= set(given) or {"lt", "lte"} <= set(given):
+        raise ValueError("give `gt` or `gte`, `lt` or `lte`, not both")
+
+
+TagFilter = Name | AnyOf | TagMatch
+
+
+class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Conditions that all hold. A list of names means any of them.
+
+    `metadata` compares top-level scalar values for equality. `superseded` hides memories that a
+    correction replaced unless it says otherwise.
+    """
+
+    memory_type: MemoryType | MemoryTypes | None = None
+    topics: TagFilter | None = None
+    entities: TagFilter | None = None
+    session_id: Name | AnyOf | None = None
+    importance: NumberRange | None = None
+    confidence: NumberRange | None = None
+    created_at: TimeRange | None = None
+    updated_at: TimeRange | None = None
+    event_date: TimeRange | None = None
+    metadata: dict[str, Scalar] | None = None
+    pinned: bool | None = None
+    superseded: Literal["exclude", "include", "only"] = "exclude"
+
+
+class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """What to look for. Give `text`, or a `vector` of the store's dimension for semantic search.
+
+    `max_ms` bounds the search; what it cut off is told by `partial`. `min_similarity` is a bound on
+    the cosine: it drops hits whose vector is farther. `query_type` chooses the search width of an
+    approximate index; exact indexes ignore it. Reads go to the primary, so every `consistency` is met.
+    """
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_BYTES)] | None = None
+    vector: Annotated[list[float], Meta(min_length=2, max_length=8192)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 10
+    search_mode: SearchMode = "hybrid"
+    query_type: QueryType = "primary"
+    filters: Filters = field(default_factory=Filters)
+    max_ms: Annotated[int, Meta(ge=1, le=60_000)] | None = None
+    min_similarity: Annotated[float, Meta(ge=-1, le=1)] | None = None
+    recency_weight: Share = 0.0
+    recency_half_life_days: Annotated[float, Meta(gt=0, le=36_500)] = 30.0
+    importance_weight: Share = 0.0
+    consistency: Consistency = "eventual"
+    min_version: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    explain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.vector is None:
+            raise ValueError("`text` or `vector` is required")
+        if self.text is not None:
+            checked_text(self.text)
+        if self.vector is not None:
+            norm = math.sqrt(sum(x * x for x in self.vector))
+            if not math.isfinite(norm) or norm == 0:
+                raise ValueError("`vector` must be finite and not all zero")
+        if self.search_mode != "semantic" and self.text is None:
+            raise ValueError(f"`text` is required for search_mode {self.search_mode}")
+        if self.recency_weight + self.importance_weight > 1:
+            raise ValueError("`recency_weight` and `importance_weight` add up to more than 1")
+
+
+class Timing(Struct, kw_only=True):
+    """Milliseconds by stage: turning the text into a vector, the Redis call, all of it."""
+
+    embed: float
+    search: float
+    total: float
+
+
+class SearchReply(Struct, kw_only=True, omit_defaults=True):
+    """Best memories first.
+
+    `total` counts every memory that matches the filters (keyword mode: the words as well), not only
+    those returned. `partial` with `reason`: part of the search was left out.
+    """
+
+    memories: list[Hit]
+    total: int
+    generation: int
+    served_by: Literal["l1", "l2", "l3"]
+    timing: Timing
+    partial: bool
+    reason: str | None = None
+
+
+class BatchRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Searches of one user that are embedded in one batch and answered in one round trip."""
+
+    queries: Annotated[list[SearchRequest], Meta(min_length=1, max_length=MAX_BATCH_QUERIES)]
+
+
+class BatchReply(Struct, kw_only=True):
+    """One reply per query, in order."""
+
+    results: list[SearchReply]
+
+
+class CorrectionRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """`ids` are no longer true; `memory` replaces them."""
+
+    ids: Annotated[list[Name], Meta(min_length=1, max_length=100)]
+    memory: MemoryInput
+
+    def __post_init__(self) -> None:
+        self.ids = _checked_names(self.ids, "ids")
+        if self.memory.id in self.ids:
+            raise ValueError("`memory.id` must not be one of `ids`; use PATCH to change in place")
+
+
+class CorrectionReply(Struct, kw_only=True):
+    """The memory that replaces `superseded`."""
+
+    id: str
+    outcome: Literal["CREATED", "UNCHANGED"]
+    version: int
+    superseded: list[str]
+    generation: int
+
+
+class DeleteReply(Struct, kw_only=True):
+    """Receipt of a delete; no later read returns the memory."""
+
+    id: str
+    outcome: Literal["DELETED"]
+    generation: int
+
+
+class ListReply(Struct, kw_only=True, omit_defaults=True):
+    """Newest first; `cursor` continues, absent at the end."""
+
+    memories: list[Memory]
+    total: int
+    generation: int
+    cursor: str | None = None
+
+
+class HistoryEvent(Struct, kw_only=True, omit_defaults=True):
+    """One change. Holds no memory text: history outlives a delete."""
+
+    at: datetime
+    event: str
+    version: int
+    other: list[str] = field(default_factory=list)
+
+
+class HistoryReply(Struct, kw_only=True):
+    """Oldest first, bounded by the length of the owner's log."""
+
+    id: str
+    events: list[HistoryEvent]
+
+
+class ForgetReply(Struct, kw_only=True):
+    """Receipt of forgetting a user: how many memories and other keys are gone."""
+
+    memories: int
+    keys: int
+
+
+class ImportReply(Struct, kw_only=True):
+    """Counts by outcome; `errors` names the first 100 lines that were refused."""
+
+    created: int
+    updated: int
+    unchanged: int
+    invalid: int
+    errors: list[PutItem]
+    generation: int
+
+
+class ImportRecord(MemoryInput, kw_only=True, omit_defaults=True):
+    """A line of an export: a memory with what only the store may set on a normal write."""
+
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    superseded_by: Name | None = None
+    sources: Names = field(default_factory=list)
+    version: int | None = None
+    embedded: bool | None = None

@@ -1,0 +1,93 @@
+"""The only place that decides what a word is, in memories and in queries. Pure."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from datetime import datetime
+
+#: words of one query; a longer text is cut, its first words usually say what it is about
+MAX_QUERY_WORDS = 64
+
+#: dropped from queries unless nothing else is left (the index itself keeps every word)
+STOP_WORDS = frozenset(
+    """a about after again all also am an and any are as at be because been before being but by can could
+    d did do does doing don down during each few for from further had has have having he her here hers him
+    his how i if in into is it its itself just ll m me more most my no nor not now of off on once only or other
+    our out over own re s same she should so some such t than that the their them then there these they this
+    those through to too under until up ve very was we were what when where which while who whom why will
+    with would you your""".split()
+)
+
+_MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
+_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+
+_WORD = re.compile(r"\w+")
+# up to three words, the first a capitalised one, a colon and a space
+_SPEAKER = re.compile(r"\s*((?=[^\W\d_])(?![a-z])[\w.'’-]{1,40}(?: [\w.'’-]{1,40}){0,2}):\s")
+# what RediSearch 2.10 splits words on; it lowercases ASCII only and reads a backslash as an escape
+_REDISEARCH_SEPARATORS = re.compile(r"""[\s,.<>{}\[\]"':;!@#$%^&*()\-+=~|/?`]+""", re.ASCII)
+_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
+_NOT_PLAIN = re.compile(r"[^\x00-\x7f]|\\")
+
+
+def text_words(text: str) -> list[str]:
+    """Return the words of `text`: NFKC, casefolded, Latin also without accents; CJK as bigrams; emoji."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words: list[str] = []
+    for run in _WORD.findall(folded):
+        if run.isascii() or not _CJK.search(run):
+            words.append(run)
+            continue
+        for part in _CJK.findall(run):
+            words.extend(part[i : i + 2] for i in range(max(1, len(part) - 1)))
+        words.extend(part for part in _CJK.split(run) if part)
+    if not folded.isascii():
+        words.extend(char for char in folded if unicodedata.category(char) == "So")
+        words.extend(_without_accents(word) for word in words.copy() if not word.isascii())
+    return [word for word in words if word]
+
+
+def _without_accents(word: str) -> str:
+    bare = "".join(char for char in unicodedata.normalize("NFD", word) if not unicodedata.combining(char))
+    return bare if bare.isascii() else ""
+
+
+def extra_words(text: str) -> str:
+    """Return the words of `text` that RediSearch's own tokenizer would not find in it.
+
+    It lowercases ASCII only, splits on ASCII punctuation only and reads backslashes as escapes
+    (RediSearch 2.10.5): curly quotes, capitals with accents, CJK and Windows paths would be lost.
+    """
+    if not _NOT_PLAIN.search(text):
+        return ""
+    found = set() if "\\" in text else set(_REDISEARCH_SEPARATORS.split(ascii_lower(text)))
+    return " ".join(word for word in text_words(text) if word not in found)
+
+
+def ascii_lower(text: str) -> str:
+    """Return `text` with only A-Z lowered, as RediSearch does."""
+    return text.translate(_ASCII_LOWER)
+
+
+_ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
+
+
+def query_words(text: str) -> list[str]:
+    """Return the distinct words to search for, without stop words unless there are no others."""
+    words = list(dict.fromkeys(text_words(text)))
+    telling = [word for word in words if word not in STOP_WORDS]
+    return (telling or words)[:MAX_QUERY_WORDS]
+
+
+def speaker(text: str) -> str:
+    """Return the words of the name before a colon that opens a turn (`Mary Ann: …`); empty without one."""
+    match = _SPEAKER.match(text)
+    return " ".join(text_words(match[1])) if match else ""
+
+
+def day_words(moment: datetime) -> str:
+    """Return a day as people write it in English, such as `8 May 2023 Monday`."""
+    return f"{moment.day} {_MONTHS[moment.month - 1]} {moment.year} {_WEEKDAYS[moment.weekday()]}"

@@ -1,0 +1,365 @@
+"""The write path: memories in, corrections, deletes, forgetting. Every change is one Function call.
+
+A write is acknowledged when it is stored and indexed. A memory is stored even when its embedding
+fails or has to wait: it is found by words at once, and by meaning when `Backfill` is through.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from redismem.backfill import SLICE, Backfill
+from redismem.browse import Browser
+from redismem.client import Argument
+from redismem.codec import (
+    content_hash,
+    derived_id,
+    memory_fields,
+    vector_bytes,
+)
+from redismem.embed import Embedder
+from redismem.errors import Conflict, InvalidInput, NotFound, StoreError, Unavailable, VersionMismatch
+from redismem.keys import VECTOR_FIELDS, Owner
+from redismem.lualib import Functions
+from redismem.query import epoch, index_schema, packed_tags
+from redismem.types import (
+    CorrectionReply,
+    CorrectionRequest,
+    DeleteReply,
+    ForgetReply,
+    ImportRecord,
+    Memory,
+    MemoryInput,
+    MemoryPatch,
+    PutItem,
+    PutReply,
+)
+from redismem.vectors import Turn, turn_vectors
+from redismem.words import speaker
+
+#: memories deleted by one call of rm_forget; holds Redis for about 10 ms
+FORGET_SLICE = 500
+
+#: a derived id met other content this often: the content changed back and forth as often
+_MAX_ID_ATTEMPTS = 100
+
+#: a PATCH without If-Match is merged again when another write overtakes it
+_MAX_MERGES = 20
+
+
+@dataclass(slots=True)
+class _Record:
+    """A memory on its way into rm_put."""
+
+    place: int
+    memory: MemoryInput
+    fields: dict[str, str | bytes]
+    id: str
+    attempt: int = 0
+    prev_id: str | bytes = ""
+    prev_hash: str | bytes = ""
+    prev_text: str | None = None
+
+    def arguments(self) -> list[Argument]:
+        kind = "given" if self.memory.id is not None else "derived"
+        created = getattr(self.memory, "created_at", None)
+        moment = format(epoch(created), ".6f") if created is not None else ""
+        return record_arguments(self.id, kind, self.fields, self.prev_id, self.prev_hash, moment)
+
+
+def record_arguments(
+    memory_id: str,
+    kind: str,
+    fields: dict[str, str | bytes],
+    prev_id: str | bytes = "",
+    prev_hash: str | bytes = "",
+    created_at: str = "",
+) -> list[Argument]:
+    """Return a record as lua/write.lua reads it."""
+    name = speaker(str(fields["text"]))
+    flat: list[Argument] = [memory_id, kind, prev_id, prev_hash, created_at, name, len(fields)]
+    for name, value in fields.items():
+        flat += [name, value]
+    return flat
+
+
+class Writer:
+    """Writes one store."""
+
+    def __init__(
+        self,
+        functions: Functions,
+        embedder: Embedder,
+        backfill: Backfill,
+        *,
+        log_length: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._functions = functions
+        self._embedder = embedder
+        self._backfill = backfill
+        self._browser = Browser(functions)
+        self._log_length = log_length
+        self._clock = clock
+
+    async def put(self, owner: Owner, memories: Sequence[MemoryInput], *, wait: bool = True) -> PutReply:
+        """Store memories; idempotent by id, and by content where no id is given.
+
+        Args:
+            wait: embed before the reply; False stores first and embeds within 0.5 s.
+
+        Returns:
+            One item per memory, in order; an invalid one is reported and does not stop the others.
+
+        Cost: one round trip a slice of 64, one more when a session is continued.
+        """
+        items: list[PutItem | None] = [None] * len(memories)
+        records = []
+        for place, memory in enumerate(memories):
+            try:
+                fields = self._fields(memory)
+            except (ValueError, OverflowError) as exc:
+                items[place] = PutItem(id=memory.id, outcome="INVALID", error=str(exc))
+                continue
+            records.append(
+                _Record(place, memory, fields, memory.id or derived_id(str(fields["content_hash"])))
+            )
+        await self._find_previous(owner, records)
+        generation = 0
+        for first in range(0, len(records), SLICE):
+            part = records[first : first + SLICE]
+            if wait:
+                await self._embed(part)
+            generation = await self._put_slice(owner, part, items)
+        if not records:
+            generation = int(await self._functions.client.execute("HGET", owner.meta, "generation") or 0)
+        return PutReply(memories=[item for item in items if item is not None], generation=generation)
+
+    def _fields(self, memory: MemoryInput) -> dict[str, str | bytes]:
+        fields = memory_fields(memory, self._clock())
+        if isinstance(memory, ImportRecord):
+            if memory.superseded_by is not None:
+                fields["superseded_by"] = memory.superseded_by
+            if memory.sources:
+                fields["sources"] = packed_tags(memory.sources)
+        return fields
+
+    async def _find_previous(self, owner: Owner, records: list[_Record]) -> None:
+        last: dict[str, _Record] = {}
+        heads = []
+        for record in records:
+            session = record.memory.session_id
+            if session is None:
+                continue
+            if before := last.get(session):
+                record.prev_id, record.prev_hash = before.id, before.fields["content_hash"]
+                record.prev_text = before.memory.text
+            else:
+                heads.append(record)
+            last[session] = record
+        if not heads:
+            return
+        sessions = [str(record.memory.session_id) for record in heads]
+        tails = await self._functions.call(
+            "rm_tails_ro_v1", [owner.turns], owner.memory_prefix, *sessions, read=True
+        )
+        for i, record in enumerate(heads):
+            prev_id, text, prev_hash = tails[3 * i : 3 * i + 3]
+            if prev_id:
+                record.prev_id, record.prev_hash = prev_id, prev_hash
+                record.prev_text = text.decode("utf-8", "replace")
+
+    async def _embed(self, records: list[_Record]) -> None:
+        turns = [Turn(record.memory.text, record.prev_text) for record in records]
+        try:
+            vectors = await turn_vectors(self._embedder, turns)
+        except Unavailable:
+            return  # stored without vectors; Backfill tries again
+        for record, vector in zip(records, vectors, strict=True):
+            record.fields["embedding"] = vector_bytes(vector)
+
+    async def _put_slice(self, owner: Owner, records: list[_Record], items: list[PutItem | None]) -> int:
+        generation, unembedded = 0, []
+        for _ in range(_MAX_ID_ATTEMPTS):
+            arguments = [argument for record in records for argument in record.arguments()]
+            reply = await self._write(owner, "rm_put_v1", len(records), *arguments)
+            generation = int(reply[1])
+            unembedded += [raw_id.decode() for raw_id in reply[2]]
+            taken = []
+            for i, record in enumerate(records):
+                outcome, raw_id, version, embedded = reply[3][4 * i : 4 * i + 4]
+                if outcome == b"TAKEN":
+                    record.attempt += 1
+                    record.id = derived_id(str(record.fields["content_hash"]), record.attempt)
+                    taken.append(record)
+                    continue
+                if not embedded:
+                    unembedded.append(raw_id.decode())
+                items[record.place] = PutItem(
+                    id=raw_id.decode(),
+                    outcome=outcome.decode(),
+                    version=int(version),
+                    embedded=bool(embedded),
+                )
+            records = taken
+            if not records:
+                break
+        else:
+            raise Conflict("too many versions of the same content; give the memory an id", field="id")
+        self._backfill.add(owner, unembedded)
+        return generation
+
+    async def _write(self, owner: Owner, function: str, *arguments: Argument) -> Any:
+        """Return the reply of a writing Function, after giving a new owner an index."""
+        keys = [owner.meta, owner.ids, owner.log, owner.turns]
+        head = [owner.memory_prefix, int(self._clock() * 1000), self._embedder.name, self._embedder.dim]
+        for _ in range(3):  # a concurrent forget may remove the index again
+            reply = await self._functions.call(function, keys, *head, self._log_length, *arguments)
+            if reply[0] != b"NOINDEX":
+                return reply
+            await self.open_index(owner)
+        raise StoreError(
+            "the index of this user disappears as soon as it is made; is another process forgetting it?"
+        )
+
+    async def open_index(self, owner: Owner) -> None:
+        """Make the exact index of an owner unless it is there. Cost: one round trip, 0.3 ms."""
+        field, embedder, dim = VECTOR_FIELDS[0], self._embedder.name, self._embedder.dim
+        raw = await self._functions.client.execute("HMGET", owner.meta, "vector_field", "embedder", "dim")
+        if all(raw):
+            field, embedder, dim = raw[0].decode(), raw[1].decode(), int(raw[2])
+        await self._functions.call(
+            "rm_open_v1",
+            [owner.index, owner.physical_index(field), owner.meta],
+            *(int(self._clock() * 1000), embedder, dim, field),
+            *index_schema(owner, field, dim),
+        )
+
+    async def update(
+        self, owner: Owner, memory_id: str, patch: MemoryPatch, *, expected_version: int | None = None
+    ) -> Memory:
+        """Change fields of a memory; compare-and-set on its version.
+
+        Raises:
+            NotFound: there is no such memory.
+            VersionMismatch: `expected_version` is not the stored one, or writes keep overtaking.
+            InvalidInput: the result would not be a valid memory.
+
+        Cost: three round trips, and an embedding when the text or the session changed.
+        """
+        for _ in range(_MAX_MERGES):
+            old = await self._browser.get(owner, memory_id)
+            if expected_version is not None and old.version != expected_version:
+                break
+            merged = _merged(old, patch)
+            moved = merged.text != old.text or merged.session_id != old.session_id
+            try:
+                record = record_arguments(memory_id, "given" if moved else "keep", self._fields(merged))
+            except (ValueError, OverflowError) as exc:
+                raise InvalidInput(str(exc)) from exc
+            reply = await self._write(owner, "rm_update_v1", old.version, *record)
+            if reply[0] == b"MISSING":
+                raise NotFound(f"there is no memory {memory_id!r}")
+            if reply[0] == b"OK":
+                stale = [raw.decode() for raw in reply[3]]
+                await self._embed_soon(owner, [memory_id] if not reply[2] else [], stale)
+                return await self._browser.get(owner, memory_id)
+        raise VersionMismatch(
+            f"memory {memory_id!r} is at version {old.version}; read it again", field="If-Match"
+        )
+
+    async def delete(self, owner: Owner, memory_id: str) -> DeleteReply:
+        """Remove a memory and everything made from it; no later read returns it.
+
+        Raises:
+            NotFound: there is no such memory (any more).
+
+        Cost: one round trip.
+        """
+        reply = await self._functions.call(
+            "rm_delete_v1",
+            [owner.meta, owner.ids, owner.log, owner.turns],
+            *(owner.memory_prefix, int(self._clock() * 1000), self._log_length, memory_id),
+        )
+        _, generation, stale, outcomes = reply
+        if outcomes != [b"DELETED"]:
+            raise NotFound(f"there is no memory {memory_id!r}")
+        self._backfill.add(owner, [raw.decode() for raw in stale])
+        return DeleteReply(id=memory_id, outcome="DELETED", generation=int(generation))
+
+    async def correct(self, owner: Owner, request: CorrectionRequest) -> CorrectionReply:
+        """Store a memory that replaces others; from the reply on, searches return only the new one.
+
+        Raises:
+            NotFound: one of `ids` does not exist; nothing was changed.
+            Conflict: the new memory's id belongs to another memory.
+
+        Cost: one round trip, an embedding and two more for it.
+        """
+        memory = request.memory
+        try:
+            fields = self._fields(memory)
+        except (ValueError, OverflowError) as exc:
+            raise InvalidInput(str(exc), field="memory") from exc
+        for attempt in range(_MAX_ID_ATTEMPTS):
+            new_id = memory.id or derived_id(content_hash(memory), attempt)
+            if new_id in request.ids:
+                continue
+            record = record_arguments(new_id, "given", fields)
+            reply = await self._write(owner, "rm_correct_v1", len(request.ids), *request.ids, *record)
+            if reply[0] == b"MISSING":
+                raise NotFound(f"there is no memory {reply[1].decode()!r}", field="ids")
+            if reply[0] != b"TAKEN":
+                await self._embed_soon(
+                    owner, [] if reply[3] else [new_id], [raw.decode() for raw in reply[4]]
+                )
+                return CorrectionReply(
+                    id=new_id,
+                    outcome=reply[0].decode(),
+                    superseded=request.ids,
+                    generation=int(reply[1]),
+                    version=int(reply[2]),
+                )
+            if memory.id is not None:
+                break
+        raise Conflict(f"memory {new_id!r} exists with other content; choose another id", field="memory.id")
+
+    async def _embed_soon(self, owner: Owner, awaited: list[str], later: list[str]) -> None:
+        self._backfill.add(owner, [memory_id for memory_id in later if memory_id not in awaited])
+        try:
+            left = await self._backfill.embed_now(owner, awaited, urgent=True) if awaited else []
+        except Unavailable:
+            left = awaited
+        self._backfill.add(owner, left)
+
+    async def forget(self, owner: Owner) -> ForgetReply:
+        """Remove everything that is stored of an owner, index included.
+
+        Cost: one round trip per 500 memories; Redis is never held for longer than one slice.
+        """
+        memories = 0
+        while True:
+            reply = await self._functions.call(
+                "rm_forget_v1",
+                [owner.index, owner.meta, owner.ids, owner.log, owner.turns],
+                *(owner.memory_prefix, FORGET_SLICE),
+            )
+            memories += reply[1]
+            if reply[3]:
+                return ForgetReply(memories=memories, keys=memories + reply[2])
+
+
+def _merged(old: Memory, patch: MemoryPatch) -> MemoryInput:
+    values = {name: getattr(old, name) for name in MemoryPatch.__struct_fields__}
+    for name in values:
+        if (change := getattr(patch, name)) is not msgspec.UNSET:
+            values[name] = change
+    try:
+        return MemoryInput(**values)
+    except ValueError as exc:
+        raise InvalidInput(str(exc)) from exc

@@ -1,0 +1,109 @@
+"""One Redis and one service for the whole run; an empty store and a key audit for every test."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from redismem.client import Client
+from redismem.embedded import EmbeddedRedis
+from redismem.http.app import create_app
+from redismem.keys import Owner
+from redismem.service import Service, open_service
+from redismem.settings import Settings
+
+#: every key the store may hold: pattern -> whether it may live without a TTL
+SCHEMA = {
+    r"redismem:memory:\{[^{}]+\}:.+": True,
+    r"redismem:(ids|meta|log|turns):\{[^{}]+\}": True,
+    r"redismem:store": True,
+    r"redismem:lock:functions": False,
+}
+
+
+@pytest.fixture(scope="session")
+async def redis_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """URL of a server of our own; of REDISMEM_TEST_REDIS_URL if given and empty."""
+    if given := os.environ.get("REDISMEM_TEST_REDIS_URL"):
+        client = Client(Settings(), given)
+        assert await client.execute("DBSIZE") == 0, (
+            "REDISMEM_TEST_REDIS_URL holds data; tests would remove it"
+        )
+        await client.close()
+        yield given
+        return
+    async with EmbeddedRedis(tmp_path_factory.mktemp("redis"), persist=False) as redis:
+        yield redis.url
+
+
+@pytest.fixture(scope="session")
+def settings(redis_url: str) -> Settings:
+    """Settings of a service on the test server; its embedder knows no meaning but costs nothing."""
+    return Settings(redis_url=redis_url, embedder="deterministic", testing=True)
+
+
+@pytest.fixture(scope="session")
+async def open_store(settings: Settings) -> AsyncIterator[Service]:
+    async with open_service(settings) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def service(open_store: Service) -> AsyncIterator[Service]:
+    """A service on an empty store; afterwards every key must belong to the schema."""
+    yield open_store
+    assert await open_store.backfill.drained(10)
+    await audit(open_store.client)
+    await open_store.client.execute("FLUSHALL")
+    await open_store.client.execute(
+        "HSET",
+        "redismem:store",
+        "schema",
+        1,
+        "embedder",
+        open_store.embedder.name,
+        "dim",
+        open_store.embedder.dim,
+    )
+
+
+@pytest.fixture
+def owner(service: Service) -> Owner:
+    return service.owner("alice")
+
+
+@pytest.fixture
+async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the ASGI application, in process."""
+    transport = httpx.ASGITransport(app=create_app(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+async def audit(client: Client) -> None:
+    """Check that every key matches the schema, and has a TTL unless it is permanent."""
+    for key in await client.execute("KEYS", "*"):
+        name = key.decode()
+        rule = next((rule for rule in SCHEMA if re.fullmatch(rule, name, re.DOTALL)), None)
+        assert rule is not None, f"{name} is not in the schema"
+        assert SCHEMA[rule] or await client.execute("PTTL", key) >= 0, f"{name} never expires"
+
+
+async def until(what: str, check: Callable[[], Awaitable[object]], timeout_s: float = 10) -> None:
+    """Wait until `check` returns something true; fail with `what` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not await check():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def sample_life() -> Path:
+    return Path(__file__).parent.parent / "redismem" / "data" / "sample_life.jsonl"

@@ -1,0 +1,113 @@
+"""The package's shape, read from its source: directions, purity, sizes."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "redismem"
+
+#: a module imports only modules of lower rank (a package counts as one module)
+RANKS = {
+    "types": 0,
+    "errors": 0,
+    "settings": 1,
+    "keys": 1,
+    "words": 1,
+    "query": 2,
+    "client": 2,
+    "embed": 2,
+    "embedded": 2,
+    "codec": 3,
+    "lualib": 3,
+    "vectors": 4,
+    "store": 4,
+    "backfill": 5,
+    "read": 5,
+    "browse": 5,
+    "write": 6,
+    "reembed": 6,
+    "service": 7,
+    "om": 8,
+    "http": 8,
+    "doctor": 8,
+    "demo": 9,
+    "cli": 10,
+    "__main__": 11,
+}
+
+PURE = ("types", "errors", "settings", "keys", "words", "query", "codec")
+IMPURE_LIBRARIES = {"redis", "redis_om", "aredis_om", "starlette", "uvicorn", "asyncio", "httpx"}
+
+MAX_LINES = 500
+
+
+def modules() -> dict[str, list[Path]]:
+    """Files by module name; those of a sub-package together."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name != "__init__":
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of everything a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            if node.module == "redismem":
+                names.update(f"redismem.{alias.name}" for alias in node.names)
+    return names
+
+
+def test_every_module_has_a_rank() -> None:
+    assert set(modules()) == set(RANKS)
+
+
+def test_imports_point_to_lower_ranks() -> None:
+    wrong = []
+    for name, paths in modules().items():
+        for path in paths:
+            for target in imported(path):
+                parts = target.split(".")
+                if parts[0] != "redismem" or len(parts) == 1 or parts[1] == name:
+                    continue
+                if RANKS[parts[1]] >= RANKS[name]:
+                    wrong.append(f"{name} imports {target}")
+    assert not wrong
+
+
+def test_pure_modules_import_no_io() -> None:
+    wrong = [
+        f"{name}: {target}"
+        for name in PURE
+        for path in modules()[name]
+        for target in imported(path)
+        if target.split(".")[0] in IMPURE_LIBRARIES
+    ]
+    assert not wrong
+
+
+def test_starlette_stays_in_http() -> None:
+    users = {name for name, paths in modules().items() for path in paths if "starlette" in path.read_text()}
+    assert users <= {"http"}
+
+
+def test_init_files_only_export() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        for node in ast.parse(path.read_text()).body:
+            assert isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign), path
+            if isinstance(node, ast.Assign):
+                assert [getattr(target, "id", "") for target in node.targets] == ["__all__"], path
+
+
+def test_files_stay_small() -> None:
+    root = PACKAGE.parent
+    files = [*PACKAGE.rglob("*.py"), *(root / "lua").glob("*.lua"), *(root / "tests").rglob("*.py")]
+    assert not [str(path) for path in files if len(path.read_text().splitlines()) > MAX_LINES]
