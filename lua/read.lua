@@ -3,8 +3,8 @@
 -- Reads one owner's memories in one round trip; changes nothing, so replicas may run it.
 --
 -- Functions (KEYS -> ARGV -> reply), all no-writes
---   rm_search_ro_v1  alias meta turns | prefix mode vector embedder words filter candidates limit timeout_ms
---                    word_weight neighbour_share other_speaker min_similarity recency_weight half_life_s
+--   rm_search_ro_v1  alias meta turns | prefix mode vector embedder words words_query filter candidates limit
+--                    timeout_ms word_weight neighbour_share other_speaker min_similarity recency_weight half_life_s
 --                    importance_weight now_s explain(0/1), fields …
 --                    -> NOINDEX | OK generation total note, then a hit: id score parts fields; parts is nil
 --                    or similarity words semantic keyword neighbours relevance recency importance;
@@ -50,8 +50,7 @@ end
 
 -- FT.SEARCH for the candidates with the words: id -> BM25 score
 local function worded(query)
-  local text = query.filter == '*' and query.words or query.words .. ' ' .. query.filter
-  local found = redis.pcall('FT.SEARCH', query.alias, text, 'NOCONTENT', 'WITHSCORES', 'SCORER', 'BM25STD',
+  local found = redis.pcall('FT.SEARCH', query.alias, query.worded, 'NOCONTENT', 'WITHSCORES', 'SCORER', 'BM25STD',
     'LIMIT', 0, query.candidates, 'TIMEOUT', query.timeout_ms, 'DIALECT', 2)
   if found.err then return nil, found.err end
   local score = {}
@@ -89,7 +88,7 @@ local function in_conversation(fused, query)
   end
   if #ids == 0 then return relevance, {} end
   local position, asked, words = {}, false, {}
-  for word in string.gmatch(query.words, '[^()|]+') do words[word] = true end
+  for word in string.gmatch(query.words, '%S+') do words[word] = true end
   for i, raw in ipairs(redis.call('HMGET', query.turns, unpack(fields))) do
     if raw then
       local place, speaker = string.match(raw, '\31(%d+)\31(.*)$')
@@ -145,13 +144,13 @@ local function search(keys, args)
   local query = {
     alias = keys[1], turns = keys[3],
     prefix = args[1], skip = #(args[1] or '') + 1, mode = args[2], vector = args[3], words = args[5],
-    filter = args[6], candidates = tonumber(args[7] or ''), timeout_ms = args[9],
-    share = tonumber(args[11] or ''), other_speaker = tonumber(args[12] or ''),
-    min_similarity = tonumber(args[13] or ''), recency_weight = tonumber(args[14] or ''),
-    half_life_s = tonumber(args[15] or ''), importance_weight = tonumber(args[16] or ''),
-    now_s = tonumber(args[17] or ''),
+    worded = args[6], filter = args[7], candidates = tonumber(args[8] or ''), timeout_ms = args[10],
+    share = tonumber(args[12] or ''), other_speaker = tonumber(args[13] or ''),
+    min_similarity = tonumber(args[14] or ''), recency_weight = tonumber(args[15] or ''),
+    half_life_s = tonumber(args[16] or ''), importance_weight = tonumber(args[17] or ''),
+    now_s = tonumber(args[18] or ''),
   }
-  local limit, word_weight, explain = tonumber(args[8] or ''), tonumber(args[10] or ''), args[18] == '1'
+  local limit, word_weight, explain = tonumber(args[9] or ''), tonumber(args[11] or ''), args[19] == '1'
   if not (query.turns and query.now_s) then return misuse('rm_search_ro alias meta turns | …') end
 
   local known = redis.call('HMGET', meta, 'generation', 'embedder')
@@ -164,7 +163,7 @@ local function search(keys, args)
     cosine, near = nearest(query)
     if not cosine then return failed(near) end
   end
-  if query.words ~= '' and query.mode ~= 'semantic' then
+  if query.worded ~= '' and query.mode ~= 'semantic' then
     bm25, total = worded(query)
     if not bm25 then return failed(total) end
   end
@@ -201,7 +200,7 @@ local function search(keys, args)
         text17(support[id] or 0), text17(relevance[id]), text17(hit.recency), text17(hit.importance),
       }
     end
-    reply[at + 4] = redis.call('HMGET', query.prefix .. id, unpack(args, 19))
+    reply[at + 4] = redis.call('HMGET', query.prefix .. id, unpack(args, 20))
   end
   return reply
 end

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -277,12 +278,12 @@ def _sign(lock: TextIO, pid: int) -> None:
     lock.flush()
 
 
-async def _persistence_info(url: str) -> dict[str, Any]:
+async def _persistence_info(url: str) -> Mapping[str, Any]:
     """Return INFO persistence; empty: no answer, or loading is over and PING is not answered."""
     client = Redis.from_url(url + "&protocol=2", socket_timeout=_ANSWER_S, retry=Retry(NoBackoff(), 0))
     try:
         async with client:
-            info: dict[str, Any] = await client.info("persistence")
+            info: Mapping[str, Any] = await client.info("persistence")
             return info if info["loading"] or await client.ping() else {}
     except (RedisError, OSError):
         return {}

@@ -28,6 +28,7 @@ from redismem.types import (
     SearchRequest,
     Timing,
 )
+from redismem.words import query_words
 
 #: candidates of each list before fusion: this many, or this many times the limit
 MIN_CANDIDATES = 50
@@ -146,9 +147,10 @@ class Reader:
         if request.max_ms is not None:
             timeout_ms = max(1, int(request.max_ms - _ms(time.perf_counter() - started)))
         candidates = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * request.limit)
+        words, filter_ = query_words(request.text or ""), filter_query(request.filters)
         return [
             *(owner.memory_prefix, query.mode, query.vector, self._embedder.name),
-            *(words_query(request.text or ""), filter_query(request.filters)),
+            *(" ".join(words), words_query(words, filter_), filter_),
             *(candidates, request.limit, timeout_ms, WORD_WEIGHT, NEIGHBOUR_SHARE, OTHER_SPEAKER),
             "" if request.min_similarity is None else request.min_similarity,
             *(request.recency_weight, request.recency_half_life_days * 86_400, request.importance_weight),

@@ -217,7 +217,8 @@ class Writer:
     async def _write(self, owner: Owner, function: str, *arguments: Argument) -> Any:
         """Return the reply of a writing Function, after giving a new owner an index."""
         keys = [owner.meta, owner.ids, owner.log, owner.turns]
-        head = [owner.memory_prefix, int(self._clock() * 1000), self._embedder.name, self._embedder.dim]
+        now_ms = int(self._clock() * 1000)
+        head: tuple[Argument, ...] = (owner.memory_prefix, now_ms, self._embedder.name, self._embedder.dim)
         for _ in range(3):  # a concurrent forget may remove the index again
             reply = await self._functions.call(function, keys, *head, self._log_length, *arguments)
             if reply[0] != b"NOINDEX":

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from redismem.embed.protocol import Vectors
 
-_TRIGRAM_WEIGHT = 0.3  # a word of 6 letters owes 35 % of its squared length to them: stems count, words decide
+_TRIGRAM_WEIGHT = 0.3  # a third of the squared length of a word of 6 letters: stems count, words decide
 
 
 class DeterministicEmbedder:
@@ -25,7 +25,7 @@ class DeterministicEmbedder:
         self.name = f"deterministic-{dim}"
         self.dim = dim
 
-    async def embed(self, texts: list[str], *, urgent: bool = True) -> Vectors:
+    async def embed(self, texts: list[str], *, urgent: bool = True) -> Vectors:  # noqa: ARG002  # the contract's
         """Return one row per text, at once; see `Embedder.embed`."""
         vectors = np.zeros((len(texts), self.dim), np.float32)
         for row, text in zip(vectors, texts, strict=True):

@@ -87,7 +87,7 @@ class MiniLMEmbedder:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # The second thread spins during a run, but not between runs, where Redis needs the core.
+        # Spinning between runs doubles the CPU time of a query (14.5 against 8.3 ms) and makes none faster.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = ort.InferenceSession(_verified(*_MODEL), options, providers=["CPUExecutionProvider"])
         self._tokenizer = Tokenizer.from_str(_verified(*_TOKENIZER).decode())
@@ -136,22 +136,20 @@ class MiniLMEmbedder:
         while (items := self._next_slice()) is not None:
             try:
                 vectors = self._vectors([item.text for item in items])
-            except Exception as exc:  # whatever the model raises, its waiters must hear of it
-                for item in items:
-                    item.request.error = EmbedderUnavailable(f"The bundled model failed: {type(exc).__name__}.")
-                    item.request.error.__cause__ = exc
-                _complete({item.request for item in items})
+            except Exception as exc:  # noqa: BLE001  # whatever it raises, those who wait must hear of it
+                requests = {item.request for item in items}
+                for request in requests:
+                    request.error = EmbedderUnavailable(f"The bundled model failed: {type(exc).__name__}.")
+                    request.error.__cause__ = exc
+                _complete(requests)
                 continue
-            done = set()
             for item, vector in zip(items, vectors, strict=True):
                 item.request.rows[item.row] = vector
                 item.request.left -= 1
-                if item.request.left == 0:
-                    done.add(item.request)
-            _complete(done)
+            _complete({item.request for item in items if not item.request.left})
 
     def _next_slice(self) -> list[_Text] | None:
-        """Wait for texts nobody gave up and return the next slice of one queue; None when closed and drained."""
+        """Wait for texts and return the next slice of one queue; None when closed and drained."""
         with self._wake:
             while True:
                 while not (self._urgent or self._bulk):

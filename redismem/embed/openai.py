@@ -46,13 +46,15 @@ class OpenAIEmbedder:
     def __init__(self, settings: Settings) -> None:
         key = settings.embedder_key
         if not (key.isascii() and key.isprintable()) or " " in key:  # httpx would quote it in its error
-            raise Misconfigured("REDISMEM_EMBEDDER_KEY has a character that no key has.", field="embedder_key")
+            raise Misconfigured("REDISMEM_EMBEDDER_KEY has an impossible character.", field="embedder_key")
         try:
             url = httpx.URL(settings.embedder_url.rstrip("/") + "/embeddings")
         except httpx.InvalidURL as exc:
             raise Misconfigured("REDISMEM_EMBEDDER_URL is not a URL.", field="embedder_url") from exc
-        if url.scheme not in ("http", "https") or not url.host:
-            raise Misconfigured("REDISMEM_EMBEDDER_URL must be http(s)://host/…", field="embedder_url")
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo:  # httpx logs URLs
+            raise Misconfigured(
+                "REDISMEM_EMBEDDER_URL must be http(s)://host/…, without a password.", field="embedder_url"
+            )
         self.name = settings.embedder_model
         self.dim = 0
         self._url = url
@@ -81,7 +83,7 @@ class OpenAIEmbedder:
             raise
         return embedder
 
-    async def embed(self, texts: list[str], *, urgent: bool = True) -> Vectors:
+    async def embed(self, texts: list[str], *, urgent: bool = True) -> Vectors:  # noqa: ARG002  # the contract's
         """Return one row per text; see `Embedder.embed`. The deadline covers all batches and retries.
 
         Raises:
@@ -91,21 +93,23 @@ class OpenAIEmbedder:
         """
         if self._closed:
             raise EmbedderUnavailable("The embedder is closed.")
+        if not texts:
+            return np.empty((0, self.dim), np.float32)
         self._running += 1
         self._idle.clear()
         until = asyncio.get_running_loop().time() + self._deadline_s
-        parts = [np.empty((0, self.dim), np.float32)] if not texts else []
         try:
             async with asyncio.timeout_at(until):
-                for start in range(0, len(texts), _BATCH_TEXTS):
-                    parts.append(await self._batch(texts[start : start + _BATCH_TEXTS], until))
+                batches = (
+                    texts[start : start + _BATCH_TEXTS] for start in range(0, len(texts), _BATCH_TEXTS)
+                )
+                return np.concatenate([await self._batch(batch, until) for batch in batches])
         except TimeoutError as exc:
             raise self._unavailable(f"did not answer within {self._deadline_s:g} s") from exc
         finally:
             self._running -= 1
             if not self._running:
                 self._idle.set()
-        return np.concatenate(parts)
 
     async def close(self) -> None:
         """Finish what was accepted, then close the connections."""
@@ -120,6 +124,7 @@ class OpenAIEmbedder:
         delay_s = _FIRST_DELAY_S
         while True:
             asked_s = 0.0
+            cause: httpx.TransportError | None = None
             try:
                 response = await self._client.post(self._url, json=body)
             except httpx.TransportError as exc:
@@ -128,11 +133,11 @@ class OpenAIEmbedder:
                 status = response.status_code
                 if status == 200:
                     return self._vectors(response.content, len(texts))
-                reason, cause = f"answered {status}", None
+                reason = f"answered {status}"
                 if status not in _RETRIED and status < 500:
                     raise self._unavailable(f"{reason}: {_REMEDIES.get(status, 'it refuses this request')}")
                 asked_s = _asked_delay_s(response.headers.get("Retry-After", ""))
-            wait_s = max(asked_s, delay_s * random.uniform(0.5, 1.0))
+            wait_s = max(asked_s, delay_s * random.uniform(0.5, 1.0))  # noqa: S311  # jitter is no secret
             delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
             if asyncio.get_running_loop().time() + wait_s >= until:
                 raise self._unavailable(f"{reason}, and the deadline leaves no time to try again") from cause
@@ -154,7 +159,8 @@ class OpenAIEmbedder:
         norms = np.linalg.norm(matrix, axis=1, keepdims=True)
         if not (np.isfinite(norms) & (norms > 0)).all():
             raise self._unavailable("sent an embedding without a direction (zero, or not finite)")
-        return (matrix / norms).astype(np.float32)
+        vectors: Vectors = (matrix / norms).astype(np.float32)
+        return vectors
 
     def _unavailable(self, what: str) -> EmbedderUnavailable:
         return EmbedderUnavailable(f"The embedding endpoint at {self._url.host} {what}.")

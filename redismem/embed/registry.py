@@ -19,19 +19,19 @@ async def open_embedder(settings: Settings) -> Embedder:
     # Imports stand in their cases: onnxruntime takes 0.1 s, torch seconds, and only one of them is needed.
     match settings.embedder:
         case "deterministic":
-            from redismem.embed.deterministic import DeterministicEmbedder
+            from redismem.embed.deterministic import DeterministicEmbedder  # noqa: PLC0415
 
             embedder = DeterministicEmbedder()
         case "openai":
-            from redismem.embed.openai import OpenAIEmbedder
+            from redismem.embed.openai import OpenAIEmbedder  # noqa: PLC0415
 
             return await OpenAIEmbedder.open(settings)  # the probe for its dimension has warmed it
         case "sentence-transformers":
-            from redismem.embed.sentence_transformer import SentenceTransformerEmbedder
+            from redismem.embed.sentence_transformer import SentenceTransformerEmbedder  # noqa: PLC0415
 
             embedder = await asyncio.to_thread(SentenceTransformerEmbedder, settings.embedder_model)
         case "minilm":
-            from redismem.embed.minilm import MiniLMEmbedder
+            from redismem.embed.minilm import MiniLMEmbedder  # noqa: PLC0415
 
             embedder = await asyncio.to_thread(MiniLMEmbedder, threads=settings.embedder_threads)
     try:

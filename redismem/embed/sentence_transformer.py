@@ -33,12 +33,12 @@ class SentenceTransformerEmbedder:
             library = import_module("sentence_transformers")
         except ImportError as exc:
             raise Misconfigured(
-                "The embedder 'sentence-transformers' needs packages that are not installed: pip install torch==2.13.0 "
-                "&& pip install 'redismem[sentence-transformers]' (torch first: else pip fetches gigabytes of CUDA)."
+                "The embedder 'sentence-transformers' needs more packages: pip install torch==2.13.0 "
+                "&& pip install 'redismem[sentence-transformers]' (torch first: else gigabytes of CUDA)."
             ) from exc
         try:
             self._model = library.SentenceTransformer(model)
-        except Exception as exc:  # the libraries below raise a dozen types for a wrong name, path or file
+        except Exception as exc:  # a wrong name, path or file raises any of a dozen types
             raise Misconfigured(
                 f"REDISMEM_EMBEDDER_MODEL {model!r} cannot be loaded ({type(exc).__name__}); "
                 "give a model's name on the hub, or the directory of a saved model.",
@@ -49,7 +49,7 @@ class SentenceTransformerEmbedder:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redismem-torch")
         self._closed = False
 
-    async def embed(self, texts: list[str], *, urgent: bool = True) -> Vectors:
+    async def embed(self, texts: list[str], *, urgent: bool = True) -> Vectors:  # noqa: ARG002  # the contract's
         """Return one row per text; see `Embedder.embed`. Calls of several slices give way in between."""
         loop = asyncio.get_running_loop()
         parts = [np.empty((0, self.dim), np.float32)]
@@ -59,7 +59,7 @@ class SentenceTransformerEmbedder:
             texts_of_slice = texts[start : start + _SLICE_TEXTS]
             try:
                 parts.append(await loop.run_in_executor(self._executor, self._encode, texts_of_slice))
-            except RuntimeError as exc:
+            except Exception as exc:  # torch's, or that of an executor that was shut down meanwhile
                 raise EmbedderUnavailable(f"The model failed: {type(exc).__name__}.") from exc
         return np.concatenate(parts)
 
@@ -75,7 +75,7 @@ class SentenceTransformerEmbedder:
 
 
 def _name(model: str) -> str:
-    """Return the hub's name, or `<directory>-<hash of its files>`, since a directory can change under its name."""
+    """Return the hub's name, or `<directory>-<hash of its files>`: the files may change, the path may not."""
     directory = Path(model)
     if not directory.is_dir():
         return model

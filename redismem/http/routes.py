@@ -129,11 +129,13 @@ async def add_memories(request: Request) -> Response:
     service, owner = _service(request), _owner(request)
     wait = _flag(request, "wait", default=True)
     body = await read_body(request, service.settings.max_body_bytes)
-    if "memories" not in decoded(body, dict[str, msgspec.Raw]):
-        memories, items, single = [decoded(body, MemoryInput)], [None], True
+    single = "memories" not in decoded(body, dict[str, msgspec.Raw])
+    memories: list[MemoryInput] = []
+    items: list[PutItem | None] = [None]
+    if single:
+        memories.append(decoded(body, MemoryInput))
     else:
         memories, items = _each_memory(decoded(body, _RawBatch).memories)
-        single = False
     reply = await service.writer.put(owner, memories, wait=wait)
     stored = iter(reply.memories)
     reply.memories = [item or next(stored) for item in items]
@@ -258,7 +260,7 @@ async def export(request: Request) -> Response:
     """Stream all memories as NDJSON, oldest first."""
     pages = _service(request).browser.export(_owner(request))
     # the first page is read before the status is sent, so that an absent Redis is a 503
-    first = await anext(pages, [])
+    first: list[Memory] = await anext(pages, [])
 
     async def lines() -> AsyncIterator[bytes]:
         yield b"".join(msgspec.json.encode(memory) + b"\n" for memory in first)
