@@ -156,6 +156,7 @@ local function search(keys, args)
   local known = redis.call('HMGET', meta, 'generation', 'embedder')
   local generation, note = known[1] or '0', ''
   if query.vector ~= '' and known[2] and known[2] ~= args[4] then note, query.vector = 'EMBEDDER', '' end
+  if query.vector == '' then query.min_similarity = nil end
   local function failed(err) return no_index(meta, err) or { 'OK', generation, 0, note } end
 
   local cosine, bm25, near, total = {}, {}, nil, nil

@@ -140,6 +140,12 @@ local function drop_successor(ctx, id, stale)
   end
 end
 
+-- a stored time as the index and the zset take it; nil when another hand wrote something else
+local function moment(text)
+  local number = tonumber(text or '')
+  return number and number > -1e12 and number < 1e12 and string.format('%.6f', number) or nil
+end
+
 local function set_place(ctx, id, before, after, position, speaker)
   redis.call('HSET', ctx.turns, 'l' .. id, table.concat({ before, after, position, speaker }, '\31'))
 end
@@ -230,10 +236,8 @@ local function put_one(ctx, record, stale)
     return 'UNCHANGED', old[4] or '0', old[6] and 1 or 0
   end
   if there and record.kind == 'derived' then return 'TAKEN', old[4] or '0', 0 end
-  local version, created_at = bump(ctx), old[5]
-  if not created_at then
-    created_at = record.created_at ~= '' and record.created_at or next_created_at(ctx)
-  end
+  local version = bump(ctx)
+  local created_at = moment(old[5]) or moment(record.created_at) or next_created_at(ctx)
   if old[7] and old[7] ~= values.session_id then unlink(ctx, record.id, old[7], stale) end
   if not values.superseded_by then link(ctx, record.id, values.session_id, record.speaker) end
   local embedded = write_record(ctx, record, version, created_at)
@@ -296,7 +300,7 @@ local function update(keys, args)
   record.keep = record.kind == 'keep' and #KEPT or 2
   if old[4] and old[4] ~= session then unlink(ctx, record.id, old[4], stale) end
   if not old[5] then link(ctx, record.id, session, record.speaker) end
-  local embedded = write_record(ctx, record, version, old[3] or next_created_at(ctx))
+  local embedded = write_record(ctx, record, version, moment(old[3]) or next_created_at(ctx))
   if record.kind ~= 'keep' then drop_successor(ctx, record.id, stale) end
   log(ctx, 'updated', record.id, version)
   return { 'OK', version, embedded, stale }
@@ -390,10 +394,10 @@ local function embed(keys, args)
       words[#words + 1] = 'STALE'
     else
       -- a memory that another service wrote joins the list of ids here
-      local created_at = raw[3] or next_created_at(ctx)
+      local created_at = moment(raw[3]) or next_created_at(ctx)
       redis.call('HSET', key, ctx.vector_field, args[i + 4], 'embedder', ctx.embedder, 'pk', id,
         'created_at', created_at)
-      redis.call('ZADD', ctx.ids, 'NX', tonumber(created_at) or ctx.now_ms / 1000, id)
+      redis.call('ZADD', ctx.ids, 'NX', created_at, id)
       words[#words + 1], written = 'OK', true
     end
   end

@@ -58,6 +58,7 @@ class _Query:
     request: SearchRequest
     mode: str
     vector: bytes = b""
+    timeout_ms: int = DEFAULT_TIMEOUT_MS
     reason: str | None = None
 
 
@@ -95,7 +96,9 @@ class Reader:
         searched = time.perf_counter()
         replies = [self._reply(query, raw) for query, raw in zip(queries, raw_replies, strict=True)]
         ended = time.perf_counter()
-        for reply in replies:
+        for query, reply in zip(queries, replies, strict=True):
+            if not reply.partial and _ms(searched - embedded) >= query.timeout_ms:
+                reply.partial, reply.reason = True, "the time budget ended during the search"
             reply.timing = Timing(
                 embed=_ms(embedded - started), search=_ms(searched - embedded), total=_ms(ended - started)
             )
@@ -116,7 +119,7 @@ class Reader:
         texts = [str(query.request.text) for query in open_texts]
         budgets = [query.request.max_ms for query in open_texts if query.request.max_ms]
         try:
-            async with asyncio.timeout(min(budgets) / 1000 if len(budgets) == len(open_texts) else None):
+            async with asyncio.timeout(min(budgets) / 1000 if budgets else None):
                 rows = await self._embedder.embed(texts, urgent=True)
         except TimeoutError as exc:
             if any(query.mode == "semantic" for query in open_texts):
@@ -143,15 +146,14 @@ class Reader:
 
     def _arguments(self, owner: Owner, query: _Query, started: float) -> list[Argument]:
         request = query.request
-        timeout_ms = DEFAULT_TIMEOUT_MS
         if request.max_ms is not None:
-            timeout_ms = max(1, int(request.max_ms - _ms(time.perf_counter() - started)))
+            query.timeout_ms = max(1, int(request.max_ms - _ms(time.perf_counter() - started)))
         candidates = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * request.limit)
         words, filter_ = query_words(request.text or ""), filter_query(request.filters)
         return [
             *(owner.memory_prefix, query.mode, query.vector, self._embedder.name),
             *(" ".join(words), words_query(words, filter_), filter_),
-            *(candidates, request.limit, timeout_ms, WORD_WEIGHT, NEIGHBOUR_SHARE, OTHER_SPEAKER),
+            *(candidates, request.limit, query.timeout_ms, WORD_WEIGHT, NEIGHBOUR_SHARE, OTHER_SPEAKER),
             "" if request.min_similarity is None else request.min_similarity,
             *(request.recency_weight, request.recency_half_life_days * 86_400, request.importance_weight),
             *(repr(self._clock()), int(request.explain), *READ_FIELDS),

@@ -252,7 +252,7 @@ class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=Tr
 class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to look for. Give `text`, or a `vector` of the store's dimension for semantic search.
 
-    `max_ms` bounds the search; what it cut off is told by `partial`. `min_similarity` is a bound on
+    `max_ms` bounds the search (in a batch the smallest one); what it cut off is told by `partial`. `min_similarity` is a bound on
     the cosine: it drops hits whose vector is farther. `query_type` chooses the search width of an
     approximate index; exact indexes ignore it. Reads go to the primary, so every `consistency` is met.
     """
@@ -283,6 +283,8 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
                 raise ValueError("`vector` must be finite and not all zero")
         if self.search_mode != "semantic" and self.text is None:
             raise ValueError(f"`text` is required for search_mode {self.search_mode}")
+        if self.search_mode == "keyword" and self.min_similarity is not None:
+            raise ValueError("`min_similarity` needs vectors: use search_mode hybrid or semantic")
         if self.recency_weight + self.importance_weight > 1:
             raise ValueError("`recency_weight` and `importance_weight` add up to more than 1")
 
