@@ -16,7 +16,7 @@
 --                  -> NOINDEX | MISSING id | TAKEN id | CREATED or UNCHANGED generation version embedded stale
 --   rm_embed_v1    meta ids turns | prefix now_ms embedder dim, (id content_hash prev_id prev_hash vector) …
 --                  -> a word an id: OK STALE MISSING REFUSED
---   rm_forget_v1   alias meta ids log turns | prefix limit
+--   rm_forget_v1   alias meta ids log turns | prefix limit, every index the owner may have …
 --                  -> OK memories keys done(0/1); call again until done
 --   A record is: id kind prev_id prev_hash created_at speaker fields, (field value) …; kind is
 --   given | derived (an id made from the content) | keep (rm_update: the vector still fits).
@@ -189,9 +189,6 @@ local function link(ctx, id, session, speaker)
   set_place(ctx, id, before, after, position, speaker)
 end
 
--- fields of the old record that a rewrite with an unchanged vector takes along
-local KEPT = { 'sources', 'superseded_by', 'embedder', 'embedder_next', 'embedding', 'embedding_next' }
-
 -- fields of the old record that a rewrite takes along; the first two even when the vector is dropped
 local KEPT = { 'sources', 'superseded_by', 'embedder', 'embedder_next', 'embedding', 'embedding_next' }
 
@@ -238,7 +235,9 @@ local function put_one(ctx, record, stale)
   if there and record.kind == 'derived' then return 'TAKEN', old[4] or '0', 0 end
   local version = bump(ctx)
   local created_at = moment(old[5]) or moment(record.created_at) or next_created_at(ctx)
-  if old[7] and old[7] ~= values.session_id then unlink(ctx, record.id, old[7], stale) end
+  if old[7] and (old[7] ~= values.session_id or values.superseded_by) then
+    unlink(ctx, record.id, old[7], stale)
+  end
   if not values.superseded_by then link(ctx, record.id, values.session_id, record.speaker) end
   local embedded = write_record(ctx, record, version, created_at)
   drop_successor(ctx, record.id, stale)
@@ -408,7 +407,7 @@ end
 local function forget(keys, args)
   local alias, meta, ids, log_key, turns = keys[1], keys[2], keys[3], keys[4], keys[5]
   local prefix, limit = args[1], tonumber(args[2] or '')
-  if not (turns and limit) then return misuse('rm_forget alias meta ids log turns | prefix limit') end
+  if not (turns and limit and args[3]) then return misuse('rm_forget alias meta ids log turns | prefix limit, indexes') end
 
   local victims = redis.call('ZRANGE', ids, 0, limit - 1)
   if #victims == 0 then
@@ -425,8 +424,7 @@ local function forget(keys, args)
   end
   if #victims > 0 then return { 'OK', memories, 0, 0 } end
 
-  local index = redis.call('HGET', meta, 'index')
-  if index then redis.pcall('FT.DROPINDEX', index) end
+  for i = 3, #args do redis.pcall('FT.DROPINDEX', args[i]) end
   return { 'OK', 0, redis.call('DEL', meta, ids, log_key, turns), 1 }
 end
 

@@ -349,6 +349,7 @@ class Writer:
                 "rm_forget_v1",
                 [owner.index, owner.meta, owner.ids, owner.log, owner.turns],
                 *(owner.memory_prefix, FORGET_SLICE),
+                *(owner.physical_index(field) for field in VECTOR_FIELDS),
             )
             memories += reply[1]
             if reply[3]:
