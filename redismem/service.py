@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from redismem.browse import Browser
 from redismem.client import Client
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
-from redismem.errors import IndexMissing, InvalidInput
+from redismem.errors import EmbedderMismatch, IndexMissing, InvalidInput
 from redismem.keys import Owner
 from redismem.lualib import Functions, load_libraries
 from redismem.read import Reader
@@ -80,8 +80,11 @@ class Service:
 
 
 @asynccontextmanager
-async def open_service(settings: Settings) -> AsyncIterator[Service]:
+async def open_service(settings: Settings, *, any_embedder: bool = False) -> AsyncIterator[Service]:
     """Open a store: start Redis if none is named, check it, load Functions and embedder.
+
+    Args:
+        any_embedder: open it although its vectors come from another embedder; for `redismem reembed`.
 
     Raises:
         Misconfigured: the server, the platform or the settings do not allow it.
@@ -94,7 +97,8 @@ async def open_service(settings: Settings) -> AsyncIterator[Service]:
         await load_libraries(client)
         embedder = await open_embedder(settings)
         stack.push_async_callback(embedder.close)
-        await claim(client, embedder)
+        with suppress(*(EmbedderMismatch,) if any_embedder else ()):
+            await claim(client, embedder)
         functions = Functions(client)
         backfill = Backfill(functions, embedder)
         stack.push_async_callback(backfill.close)

@@ -156,7 +156,8 @@ class OpenAIEmbedder:
         if any(len(row.embedding) != dim for row in rows):
             raise self._unavailable(f"sent an embedding that does not have {dim} numbers")
         matrix = np.array([row.embedding for row in rows], np.float64)
-        norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+        with np.errstate(over="ignore"):  # an infinite norm is refused below
+            norms = np.linalg.norm(matrix, axis=1, keepdims=True)
         if not (np.isfinite(norms) & (norms > 0)).all():
             raise self._unavailable("sent an embedding without a direction (zero, or not finite)")
         vectors: Vectors = (matrix / norms).astype(np.float32)

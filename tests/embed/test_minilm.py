@@ -159,6 +159,8 @@ async def test_constant_queries_do_not_starve_bulk(embedder: MiniLMEmbedder, gat
 
 
 async def test_cancelled_callers_cost_nothing_and_harm_nobody(embedder: MiniLMEmbedder, gate: Gate) -> None:
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     calls = [(["running"], True), (["given up"] * 40, True), (["kept"], True)]
     running, given_up, kept = await queued(embedder, *calls)
     await gate.wait_for_slice()
@@ -167,6 +169,8 @@ async def test_cancelled_callers_cost_nothing_and_harm_nobody(embedder: MiniLMEm
     await asyncio.wait([running, given_up])
     gate.open()
     assert (await kept).shape == (1, 384)
+    asyncio.get_running_loop().set_exception_handler(None)
+    assert not complaints
     assert not [texts for texts in gate.slices[1:] if "given up" in texts]
 
 

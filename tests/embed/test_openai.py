@@ -247,6 +247,7 @@ GARBAGE = {
     "infinite": raw(
         b'{"data": [{"index": 0, "embedding": [1e999, 1, 2]}, {"index": 1, "embedding": [1, 2, 3]}]}'
     ),
+    "too large to have a norm": rows([1e300, 1e300, 1], [1, 2, 3]),
     "strings": rows(["1", "2", "3"], ["1", "2", "3"]),
     "null": rows([None, 1, 2], [1, 2, 3]),
     "zero": rows([0, 0, 0], [1, 2, 3]),

@@ -1,0 +1,303 @@
+"""The only place that describes the HTTP interface: OpenAPI 3.1 from the route table and the types.
+
+msgspec turns the types into JSON Schema. What `__post_init__` checks beyond them is said a second time
+in `_STRINGS` and `_RULES`, as far as JSON Schema can; the run of schemathesis against a live service
+fails when the two part. JSON Schema cannot say: lengths in bytes, `recency_weight` + `importance_weight`
+<= 1 (the rule here is narrower), `memory.id` not among `ids`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
+from inspect import cleandoc, getdoc
+from typing import Any
+
+import msgspec
+
+from redismem import errors
+from redismem.http.routes import Health, Operation
+from redismem.types import MAX_BATCH_MEMORIES, MAX_TEXT_BYTES, Memory
+
+Schema = dict[str, Any]
+
+_REF = "#/components/schemas/{name}"
+_JSON, _NDJSON = "application/json", "application/x-ndjson"
+
+_TITLE = "redismem"
+_ABOUT = """\
+Memory for AI assistants in the Redis you already run.
+
+Times are RFC 3339. A user id may hold any character but NUL: percent-encode it in the path, `/` and `%` included.
+Bodies are UTF-8 JSON and need a `Content-Type`. Errors are `{"error": {"code", "message", "field"?, "request_id"}}`.
+Every reply carries `X-Request-ID`, yours or a new one; the service's log has it."""
+
+# what `str.strip` takes away, NUL excluded; regular expressions disagree on \s, so it is spelled out
+_CONTROL = r"\u0000-\u001f\u007f"
+_SPACE = r"\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_BLANK = rf"\u0009-\u000d\u001c-\u001f{_SPACE}"
+
+#: strings that `types` checks by function, told by their (minLength, maxLength)
+_STRINGS = {
+    (1, 256): rf"^[{_SPACE}]*[^{_CONTROL}{_SPACE}][^{_CONTROL}]*$",  # types.checked_name
+    (1, MAX_TEXT_BYTES): rf"^[{_BLANK}]*[^\u0000{_BLANK}][^\u0000]*$",  # types.checked_text
+}
+
+#: string properties that are times
+_TIMES = {"at", "event_date", "created_at", "updated_at", "gt", "gte", "lt", "lte"}
+
+
+def _given(*names: str) -> Schema:
+    return {"required": list(names), "properties": {name: {"not": {"type": "null"}} for name in names}}
+
+
+_RANGE: Schema = {
+    "anyOf": [_given(name) for name in ("gt", "gte", "lt", "lte")],
+    "allOf": [{"not": _given("gt", "gte")}, {"not": _given("lt", "lte")}],
+}
+
+#: what `__post_init__` and handlers demand besides the types: schema, or schema.property -> keywords
+_RULES: dict[str, Schema] = {
+    "MemoryPatch": {"minProperties": 1},
+    "TagMatch": {
+        "anyOf": [
+            {"required": [name], "properties": {name: {"minItems": 1}}} for name in ("any", "all", "none")
+        ]
+    },
+    "NumberRange": _RANGE,
+    "TimeRange": _RANGE,
+    "SearchRequest": {
+        "anyOf": [
+            {"required": ["text"], "properties": {"text": {"type": "string"}}},
+            {
+                "required": ["vector", "search_mode"],
+                "properties": {"vector": {"type": "array"}, "search_mode": {"const": "semantic"}},
+            },
+        ],
+    },
+    "SearchRequest.vector": {"contains": {"anyOf": [{"minimum": MIN_NUMBER}, {"maximum": -MIN_NUMBER}]}},
+    # one item that is right is enough: the others are refused by themselves
+    "MemoryBatch.memories": {
+        "minItems": 1,
+        "maxItems": MAX_BATCH_MEMORIES,
+        "items": {},
+        "contains": {"$ref": _REF.format(name="MemoryInput")},
+    },
+}
+
+_PATH: dict[str, Schema] = {
+    "user": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": r"^[^\u0000]+$"},
+    "id": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": _STRINGS[1, 256]},
+}
+_PATH_TEXT = {
+    "user": "Whose memories: 1 to 256 characters, any but NUL, percent-encoded",
+    "id": "The memory's id, percent-encoded",
+}
+_REQUEST_HEADERS: dict[str, Schema] = {
+    "If-Match": {"type": "string", "pattern": r'^(\*|(W/)?"?[0-9]{1,16}"?)$'},
+}
+_REPLY_HEADERS: dict[str, Schema] = {
+    "X-Request-ID": {
+        "description": "The caller's, or a new one",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^[!-~]{1,128}$"},
+    },
+    "ETag": {
+        "description": "Version of the memory, for If-Match",
+        "required": True,
+        "schema": {"type": "string", "pattern": '^"[0-9]+"$'},
+    },
+    "Retry-After": {
+        "description": "Seconds to wait before trying again",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+    },
+}
+
+#: status -> the error whose docstring describes it
+_ERRORS = {
+    error.status: error
+    for error in (
+        *(errors.MalformedBody, errors.NotFound, errors.Conflict, errors.VersionMismatch),
+        *(errors.PayloadTooLarge, errors.InvalidInput, errors.Unavailable, errors.DeadlineExceeded),
+    )
+}
+_ERROR: Schema = {
+    "title": "Error",
+    "description": "What went wrong: `code` for programs, `message` for people, `field` of the input if it was one.",
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {name: {"type": "string"} for name in ("code", "message", "field", "request_id")},
+            "required": ["code", "message", "request_id"],
+        }
+    },
+    "required": ["error"],
+}
+
+#: first segment of a path (below the user) -> tag, where the segment itself is not the tag
+_TAGS = {"": "users", "corrections": "memories", "export": "transfer", "import": "transfer"}
+
+_EXAMPLES: dict[str, list[Schema]] = {
+    "MemoryInput": [
+        {
+            "text": "Anna's wedding is on 12 June in Porto.",
+            "topics": ["family"],
+            "entities": ["Anna"],
+            "session_id": "chat-17",
+            "event_date": "2026-01-15T18:30:00Z",
+        }
+    ],
+    "MemoryBatch": [{"memories": [{"text": "Prefers tea to coffee.", "importance": 0.8}]}],
+    "MemoryPatch": [{"importance": 0.9, "topics": ["family", "travel"]}],
+    "SearchRequest": [{"text": "When is the wedding?", "limit": 5, "filters": {"topics": ["family"]}}],
+    "BatchRequest": [{"queries": [{"text": "wedding"}, {"text": "tea or coffee?", "limit": 3}]}],
+    "CorrectionRequest": [
+        {"ids": ["wedding"], "memory": {"text": "Anna's wedding moved to 19 June in Porto."}}
+    ],
+    "ImportRecord": [{"text": "Moved to Lisbon.", "created_at": "2025-03-01T09:00:00Z"}],
+}
+
+
+def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of the operations."""
+    kinds = {kind: None for operation in operations for kind in _kinds(operation)}
+    _, components = msgspec.json.schema_components([*kinds, Health], ref_template=_REF)
+    schemas = {name: _described(schema) for name, schema in sorted(components.items())}
+    for place, keywords in _RULES.items():
+        name, _, key = place.partition(".")
+        if name in schemas:
+            target = schemas[name]["properties"][key] if key else schemas[name]
+            target.update(keywords)
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": _TITLE, "version": "1", "description": _ABOUT},
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name} for name in dict.fromkeys(_tag(operation.path) for operation in operations)],
+        "paths": paths,
+        "components": {
+            "schemas": {**schemas, "Error": _ERROR},
+            "headers": _REPLY_HEADERS,
+            "responses": {error.__name__: _error_reply(status) for status, error in _ERRORS.items()},
+        },
+    }
+
+
+def _kinds(operation: Operation) -> Iterable[type[Any]]:
+    return (*operation.request, *([operation.reply] if operation.reply else ()))
+
+
+def _described(schema: Any, name: str = "") -> Any:
+    """Return msgspec's schema of a property with what `_STRINGS` and `_TIMES` know."""
+    if isinstance(schema, list):
+        return [_described(item, name) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _described(value, name) for key, value in schema.items() if key != "properties"}
+    if "properties" in schema:
+        found["properties"] = {key: _described(value, key) for key, value in schema["properties"].items()}
+    if isinstance(found.get("description"), str):
+        found["description"] = cleandoc(found["description"])
+    if "enum" in found:
+        found["type"] = "string"
+    if found.get("type") == "string" and "enum" not in found:
+        if "pattern" in found:
+            found["pattern"] = re.sub(r"\\Z$", "$", found["pattern"])  # JSON Schema knows no \Z
+        elif pattern := _STRINGS.get((found.get("minLength", 0), found.get("maxLength", 0))):
+            found["pattern"] = pattern
+        elif name in _TIMES:
+            found["format"] = "date-time"
+    return found
+
+
+def _operation(operation: Operation) -> Schema:
+    found: Schema = {
+        "operationId": operation.handler.__name__,
+        "summary": operation.summary,
+        "description": getdoc(operation.handler) or operation.summary,
+        "tags": [_tag(operation.path)],
+    }
+    if parameters := _parameters(operation):
+        found["parameters"] = parameters
+    if operation.request:
+        found["requestBody"] = _body(operation)
+    return found | {"responses": _replies(operation)}
+
+
+def _tag(path: str) -> str:
+    head = path.removeprefix("/v1").removeprefix("/users/{user}").strip("/").partition("/")[0]
+    return _TAGS.get(head, head)
+
+
+def _parameters(operation: Operation) -> list[Schema]:
+    found: list[Schema] = [
+        {"name": name, "in": "path", "required": True, "description": _PATH_TEXT[name], "schema": _PATH[name]}
+        for name in re.findall(r"{(\w+)}", operation.path)
+    ]
+    for name, schema in operation.query.items():
+        parameter = {"name": name, "in": "query"}
+        if "description" in schema:
+            parameter["description"] = schema["description"]
+        parameter["schema"] = {key: value for key, value in schema.items() if key != "description"}
+        found.append(parameter | ({"style": "form", "explode": True} if schema.get("type") == "array" else {}))
+    for name, text in operation.headers.items():
+        schema = _REQUEST_HEADERS.get(name, {"type": "string"})
+        found.append({"name": name, "in": "header", "description": text, "schema": schema})
+    return found
+
+
+def _body(operation: Operation) -> Schema:
+    names = [kind.__name__ for kind in operation.request]
+    content: Schema = {"schema": _any_of(operation.request)}
+    examples = {name: {"value": value} for name in names for value in _EXAMPLES.get(name, ())}
+    if examples:
+        content["examples"] = examples
+    if not operation.ndjson:
+        return {"required": True, "content": {_JSON: content}}
+    return {"description": "One object per line", "required": True, "content": {_NDJSON: content}}
+
+
+def _any_of(kinds: Sequence[type[Any]]) -> Schema:
+    refs = [{"$ref": _REF.format(name=kind.__name__)} for kind in kinds]
+    return refs[0] if len(refs) == 1 else {"anyOf": refs}
+
+
+def _replies(operation: Operation) -> Schema:
+    found: Schema = {}
+    for status in operation.statuses:
+        headers = _headers("X-Request-ID", *(("ETag",) if operation.reply is Memory and not operation.ndjson else ()))
+        found[str(status)] = {"description": HTTPStatus(status).phrase, "headers": headers}
+        if operation.reply:
+            media = _NDJSON if operation.ndjson and not operation.request else _JSON
+            found[str(status)]["content"] = {media: {"schema": _any_of([operation.reply])}}
+    statuses = set(operation.errors)
+    if "{user}" in operation.path:
+        statuses |= {422, 503}
+    if operation.request:
+        statuses |= {413} if operation.ndjson else {400, 413}
+    for status in sorted(statuses):
+        known = _ERRORS.get(status)
+        found[str(status)] = (
+            {"$ref": f"#/components/responses/{known.__name__}"} if known else _error_reply(status)
+        )
+    if operation.path == "/health/ready":
+        found["503"] = {**_error_reply(503), "content": {_JSON: {"schema": _any_of([Health])}}}
+    return found
+
+
+def _error_reply(status: int) -> Schema:
+    known = _ERRORS.get(status)
+    return {
+        "description": (getdoc(known) if known else None) or HTTPStatus(status).phrase,
+        "headers": _headers("X-Request-ID", *(("Retry-After",) if status in (429, 503) else ())),
+        "content": {_JSON: {"schema": {"$ref": _REF.format(name="Error")}}},
+    }
+
+
+def _headers(*names: str) -> Schema:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
