@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -24,12 +25,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-#: 3,000 pronounceable words, so that texts of any number can be made without a data set
-_SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-VOCABULARY = [
-    f"{_SYLLABLES[i % 70]}{_SYLLABLES[(i * 7 + i // 70) % 70]}{_SYLLABLES[(i * 13) % 70] if i % 3 else ''}"
-    for i in range(3000)
-]
+#: words of the sample life that ships with the package, the frequent ones often: natural to a tokenizer
+_LIFE = Path(__file__).parent.parent / "redismem" / "data" / "sample_life.jsonl"
+VOCABULARY = re.findall(r"[a-z]+", " ".join(json.loads(line)["text"] for line in _LIFE.open()).lower())
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -107,15 +105,12 @@ class Connection:
             self._streams[1].close()
 
 
-def sentences(count: int, seed: int) -> list[str]:
-    """Return distinct texts of 8 to 20 words with a natural skew of word frequencies."""
+def sentences(count: int, seed: int, words: tuple[int, int] = (8, 20)) -> list[str]:
+    """Return texts of that many words, made distinct by a number."""
     chooser = random.Random(seed)
-    weights = [1 / (rank + 3) for rank in range(len(VOCABULARY))]
-    texts = []
-    for number in range(count):
-        words = chooser.choices(VOCABULARY, weights, k=chooser.randint(8, 20))
-        texts.append(f"{' '.join(words)} {number}")
-    return texts
+    return [
+        f"{' '.join(chooser.choices(VOCABULARY, k=chooser.randint(*words)))} {number}" for number in range(count)
+    ]
 
 
 def free_port() -> int:

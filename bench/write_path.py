@@ -24,6 +24,7 @@ BULK = 2_000
 SINGLE = 300
 WRITES_PER_S = 20
 READERS = 8
+QUERY_WORDS = (4, 8)
 SECONDS = 20
 WITHOUT_EMBEDDING = {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1"}
 
@@ -58,7 +59,7 @@ async def under_load(server: Server, seconds: float) -> dict[str, Any]:
 
     async def reader(number: int) -> None:
         http = Connection(server.url)
-        for text in sentences(100_000, SEED + number):
+        for text in sentences(20_000, SEED + number, QUERY_WORDS):
             if time.perf_counter() > ends:
                 break
             before = time.perf_counter()

@@ -1,16 +1,18 @@
-"""The command line. Commands on memories open the store in this process; `serve` and `demo` run the service."""
+"""The command line. Commands on memories open the store in their own process; `serve` runs the service."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,23 +22,23 @@ from urllib.parse import urlsplit
 import click
 import msgspec
 import uvicorn
-from rich.table import Table
-from rich.text import Text
 
-from redismem.demo import DEMO_PORT, run_demo
+from redismem.demo import run_demo
 from redismem.doctor import examine
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import InvalidInput, Misconfigured, RedisMemError
 from redismem.keys import Owner
-from redismem.progress import console, steps
+from redismem.progress import console, findings_table, hits_table, memory_table, steps
 from redismem.reembed import Reembedder
 from redismem.service import Service, open_service
 from redismem.settings import Settings
 from redismem.store import owners
-from redismem.types import Filters, ImportRecord, MemoryInput, SearchReply, SearchRequest
+from redismem.types import Filters, ImportRecord, MemoryInput, SearchRequest
+from redismem.write import Writer
 
-F = TypeVar("F", bound=Callable[..., object])
 T = TypeVar("T")
+
+_FIELDS = tuple(item.name for item in fields(Settings))
 
 #: memories of an import that are written together
 _IMPORT_SLICE = 100
@@ -59,7 +61,7 @@ _LOGGING = {
 
 
 class _Group(click.Group):
-    """Shows what we know can go wrong as one message and exit code 1."""
+    """Shows what can go wrong as one message and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -67,6 +69,10 @@ class _Group(click.Group):
         except RedisMemError as exc:
             where = f"{exc.field}: " if isinstance(exc, InvalidInput) and exc.field else ""
             raise click.ClickException(where + exc.message) from exc
+        except OSError as exc:
+            if exc.filename is None:
+                raise
+            raise click.ClickException(f"{exc.filename}: {exc.strerror}") from exc
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -74,41 +80,42 @@ class _Group(click.Group):
 def main() -> None:
     """Memory for AI assistants in Redis: the right memories in milliseconds.
 
-    Without REDISMEM_REDIS_URL, an embedded Redis keeps the data. Every setting is read from the
+    Without REDISMEM_REDIS_URL, an embedded Redis keeps the data. Every setting can come from the
     environment as well (REDISMEM_...).
     """
 
 
-def _store_options(command: F) -> F:
-    folder = click.Path(file_okay=False, path_type=Path)
-    for option in (
-        click.option("--namespace", help="Namespace of the users (REDISMEM_NAMESPACE)."),
-        click.option("--data-dir", type=folder, help="Home of the embedded Redis (REDISMEM_DATA_DIR)."),
-        click.option("--redis-url", help="A Redis to use instead of the embedded one (REDISMEM_REDIS_URL)."),
-    ):
-        command = option(command)
-    return command
+def _settled(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of the store, and `settings` made from all options that are settings."""
+
+    @click.option("--redis-url", help="A Redis to use instead of the embedded one.")
+    @click.option("--data-dir", type=click.Path(path_type=Path), help="Home of the embedded Redis.")
+    @click.option("--namespace", help="Namespace of the users.")
+    @functools.wraps(command)
+    def settled(**options: Any) -> None:
+        chosen = {name: options.pop(name) for name in _FIELDS if name in options}
+        command(settings=Settings.from_environment(**chosen), **options)
+
+    return settled
 
 
 _user_option = click.option("-u", "--user", required=True, help="Whose memories.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _run(
-    store: Mapping[str, Any], work: Callable[[Service], Any], *, any_embedder: bool = False
-) -> Any:
-    """Return what `work` makes of the opened store."""
+def _run(settings: Settings, work: Callable[[Service], Awaitable[T]], *, any_embedder: bool = False) -> T:
+    """Return what `work` makes of the open store."""
 
-    async def opened() -> Any:
-        async with open_service(Settings.from_environment(**store), any_embedder=any_embedder) as service:
+    async def opened() -> T:
+        async with open_service(settings, any_embedder=any_embedder) as service:
             return await work(service)
 
     return asyncio.run(opened())
 
 
-def _value(kind: type[T], **values: object) -> T:
+def _value(kind: type[T], **options: object) -> T:
     """Return a value of `types` from options; those that were not given are left out."""
-    given = {name: value for name, value in values.items() if value not in (None, (), {})}
+    given = {name: value for name, value in options.items() if value not in (None, (), {})}
     try:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as exc:
@@ -119,7 +126,7 @@ def _print_json(value: object) -> None:
     click.echo(msgspec.json.encode(value))
 
 
-# memories -------------------------------------------------------------------------------------------
+# memories ---------------------------------------------------------------------------------------
 
 
 def _moment(ctx: click.Context, param: click.Parameter, text: str | None) -> datetime | None:
@@ -134,7 +141,7 @@ def _metadata(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not (key and equals):
-            raise click.BadParameter(f"give key=value, not {pair!r}")
+            raise click.BadParameter(f"give KEY=VALUE, not {pair!r}")
         try:
             found[key] = msgspec.json.decode(text)
         except msgspec.DecodeError:
@@ -146,17 +153,17 @@ def _metadata(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]
 @click.argument("text")
 @_user_option
 @click.option("--type", "memory_type", help="Such as semantic, episodic, preference.")
-@click.option("--topic", "topics", multiple=True)
-@click.option("--entity", "entities", multiple=True)
-@click.option("--session", "session_id", help="Conversation it belongs to.")
-@click.option("--event-date", callback=_moment, help="When it happened, as 2026-03-01 or with a time.")
+@click.option("--topic", "topics", multiple=True, help="May be repeated.")
+@click.option("--entity", "entities", multiple=True, help="May be repeated.")
+@click.option("--session", "session_id", help="The conversation it belongs to.")
+@click.option("--event-date", callback=_moment, help="When it happened, such as 2026-03-01.")
 @click.option("--importance", type=float, help="0 to 1.")
 @click.option("--pinned", is_flag=True, default=None)
-@click.option("--metadata", multiple=True, callback=_metadata, metavar="KEY=VALUE")
-@_store_options
-def add(user: str, redis_url: str | None, data_dir: Path | None, namespace: str | None, **given: Any) -> None:
+@click.option("--metadata", multiple=True, callback=_metadata, metavar="KEY=VALUE", help="May be repeated.")
+@_settled
+def add(settings: Settings, user: str, **content: object) -> None:
     """Store TEXT as a memory."""
-    memory = _value(MemoryInput, **given)
+    memory = _value(MemoryInput, **content)
 
     async def work(service: Service) -> None:
         item = (await service.writer.put(service.owner(user), [memory])).memories[0]
@@ -164,4 +171,324 @@ def add(user: str, redis_url: str | None, data_dir: Path | None, namespace: str 
             raise InvalidInput(item.error or "refused", field=item.field)
         click.echo(f"{item.outcome.lower()} {item.id}")
 
-    _run({"redis_url": redis_url, "data_dir": data_dir, "namespace": namespace}, work)
+    _run(settings, work)
+
+
+@main.command()
+@click.argument("text")
+@_user_option
+@click.option("--limit", type=int, help="1 to 100; 10 unless given.")
+@click.option("--mode", "search_mode", type=click.Choice(["hybrid", "semantic", "keyword"]))
+@click.option("--topic", "topics", multiple=True, help="Any of these.")
+@click.option("--type", "memory_type", multiple=True, help="Any of these.")
+@click.option("--explain", is_flag=True, help="Show how each score came about.")
+@_json_option
+@_settled
+def search(
+    settings: Settings,
+    user: str,
+    topics: tuple[str, ...],
+    memory_type: tuple[str, ...],
+    as_json: bool,
+    **request: object,
+) -> None:
+    """Find the best memories for TEXT."""
+    filters = _value(Filters, topics=topics, memory_type=memory_type)
+    wanted = _value(SearchRequest, filters=filters, **request)
+    reply = _run(settings, lambda service: service.search(service.owner(user), wanted))
+    if as_json:
+        _print_json(reply)
+    else:
+        console().print(hits_table(reply))
+
+
+@main.command()
+@click.argument("memory_id", metavar="ID")
+@_user_option
+@_json_option
+@_settled
+def get(settings: Settings, user: str, memory_id: str, as_json: bool) -> None:
+    """Show a memory."""
+    memory = _run(settings, lambda service: service.browser.get(service.owner(user), memory_id))
+    if as_json:
+        _print_json(memory)
+    else:
+        console().print(memory_table(memory))
+
+
+@main.command()
+@click.argument("memory_id", metavar="ID")
+@_user_option
+@_settled
+def delete(settings: Settings, user: str, memory_id: str) -> None:
+    """Remove a memory for good."""
+    reply = _run(settings, lambda service: service.writer.delete(service.owner(user), memory_id))
+    click.echo(f"deleted {reply.id}")
+
+
+@main.command("import")
+@click.argument("file", type=click.File("rb"))
+@_user_option
+@_settled
+def import_(settings: Settings, user: str, file: IO[bytes]) -> None:
+    """Store the memories of FILE (`-`: stdin), a JSON object a line, such as an export."""
+
+    async def work(service: Service) -> dict[str, int]:
+        lines = _Lines(service.writer, service.owner(user))
+        size = os.fstat(file.fileno()).st_size if file.name != "<stdin>" else None
+        with steps("importing", size) as advance:
+            for line in file:
+                advance(len(line))
+                await lines.take(line)
+            await lines.store()
+        return lines.counts
+
+    counts = _run(settings, work)
+    click.echo(", ".join(f"{count:,} {outcome.lower()}" for outcome, count in counts.items()))
+    if counts["INVALID"]:
+        raise click.exceptions.Exit(1)
+
+
+class _Lines:
+    """Stores the lines of a file in slices, and names those that are refused."""
+
+    def __init__(self, writer: Writer, owner: Owner) -> None:
+        self._writer = writer
+        self._owner = owner
+        self._number = 0
+        self._waiting: dict[int, ImportRecord] = {}
+        self.counts = dict.fromkeys(("CREATED", "UPDATED", "UNCHANGED", "INVALID"), 0)
+
+    async def take(self, line: bytes) -> None:
+        self._number += 1
+        if not line.strip():
+            return
+        try:
+            self._waiting[self._number] = msgspec.json.decode(line, type=ImportRecord)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            self._count(self._number, "INVALID", str(exc))
+        if len(self._waiting) >= _IMPORT_SLICE:
+            await self.store()
+
+    async def store(self) -> None:
+        reply = await self._writer.put(self._owner, list(self._waiting.values()))
+        for number, item in zip(self._waiting, reply.memories, strict=True):
+            self._count(number, item.outcome, item.error)
+        self._waiting.clear()
+
+    def _count(self, number: int, outcome: str, error: str | None) -> None:
+        self.counts[outcome] += 1
+        if outcome == "INVALID" and self.counts[outcome] <= _NAMED_LINES:
+            click.echo(f"line {number}: {error}", err=True)
+
+
+@main.command()
+@_user_option
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file, not stdout.")
+@_settled
+def export(settings: Settings, user: str, output: Path | None) -> None:
+    """Print all memories of a user, a JSON object a line, oldest first."""
+
+    async def work(service: Service) -> int:
+        count = 0
+        with _written(output) as file:
+            async for page in service.browser.export(service.owner(user)):
+                file.write(b"".join(msgspec.json.encode(memory) + b"\n" for memory in page))
+                count += len(page)
+        return count
+
+    count = _run(settings, work)
+    click.echo(f"{count:,} memories exported", err=True)
+
+
+@contextmanager
+def _written(path: Path | None) -> Iterator[IO[bytes]]:
+    """Yield stdout, or a file that only this user may read and that takes its name when it is complete."""
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    part = path.with_name(path.name + ".part")
+    part.touch(mode=0o600)
+    with part.open("wb") as file:
+        yield file
+    part.replace(path)
+
+
+@main.command()
+@_user_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_settled
+def forget(settings: Settings, user: str, yes: bool) -> None:
+    """Remove everything of a user for good."""
+
+    async def work(service: Service) -> None:
+        owner = service.owner(user)
+        if not yes:
+            page = await service.page(owner, Filters(superseded="include"), 1, None)
+            click.confirm(f"Remove all {page.total:,} memories of {user!r} for good?", abort=True)
+        reply = await service.writer.forget(owner)
+        click.echo(f"forgot {reply.memories:,} memories, {reply.keys:,} keys in all")
+
+    _run(settings, work)
+
+
+# the store ---------------------------------------------------------------------------------------
+
+
+@main.command()
+@_settled
+def reembed(settings: Settings) -> None:
+    """Move all users to the configured embedder, and give vectors to what has none; run again to go on."""
+
+    async def work(service: Service) -> tuple[int, int]:
+        total = sum([1 async for _ in owners(service.client)])
+        with steps("embedding", total) as advance:
+            mover = Reembedder(service.client, service.functions, service.embedder)
+            return total, await mover.run(lambda *_: advance())
+
+    users, made = _run(settings, work, any_embedder=True)
+    click.echo(f"{made:,} vectors made for {users:,} users")
+
+
+@main.command()
+@_json_option
+@click.option("--repair", is_flag=True, help="Rebuild indexes that are missing or incomplete.")
+@_settled
+def doctor(settings: Settings, as_json: bool, repair: bool) -> None:
+    """Examine Redis, Functions, indexes and embedder, and say what to do."""
+    findings = asyncio.run(examine(settings, repair=repair))
+    failed = any(finding.status == "fail" for finding in findings)
+    if as_json:
+        _print_json({"ok": not failed, "findings": findings})
+    else:
+        rows = [(item.status, item.name, item.seen, item.remedy or "") for item in findings]
+        console().print(findings_table(rows))
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+# the service -------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--host", help="Address to listen on; 127.0.0.1 unless given.")
+@click.option("--port", type=int, help="8000 unless given; 0 takes a free one.")
+@click.option("--workers", type=int, help="Processes; 1 unless given.")
+@click.option("--insecure", is_flag=True, help="Listen where other machines reach it, without API keys.")
+@_settled
+def serve(settings: Settings, insecure: bool) -> None:
+    """Run the HTTP service until SIGTERM or Ctrl-C."""
+    if not (insecure or _is_loopback(settings.host)):
+        raise Misconfigured(
+            f"{settings.host} can be reached from other machines, and there are no API keys yet: "
+            "listen on 127.0.0.1 (behind a proxy that asks for a key), or add --insecure."
+        )
+    if settings.workers > 1 and "REDISMEM_EMBEDDER_THREADS" not in os.environ:
+        share = max(1, (os.cpu_count() or 1) // settings.workers)
+        settings = replace(settings, embedder_threads=min(settings.embedder_threads, share))
+    # uvicorn raises the signal that ended it once more; the rest of this function must still run then
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), _redis_of(settings) as (url, where):
+        settings = replace(settings, redis_url=url)
+        asyncio.run(_check(settings))
+        settings = replace(settings, port=_free_port(settings.host, settings.port))
+        os.environ.update(_environment(settings))
+        threading.Thread(target=_announce, args=(settings, where), daemon=True).start()
+        _serve(settings)
+
+
+def _serve(settings: Settings) -> None:
+    try:
+        uvicorn.run(
+            "redismem.http.app:worker_app",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            access_log=False,
+            proxy_headers=False,
+            log_config=_LOGGING,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+    except SystemExit as exc:  # uvicorn has logged why
+        raise click.exceptions.Exit(1) from exc
+
+
+@contextmanager
+def _redis_of(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield the URL of the Redis to use, started if none is named, and how to show it."""
+    if settings.redis_url:
+        url = urlsplit(settings.redis_url)
+        port = f":{url.port}" if url.port else ""
+        yield settings.redis_url, f"{url.scheme}://{url.hostname or ''}{port}{url.path}"
+        return
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+        try:
+            redis = runner.run(stack.enter_async_context(EmbeddedRedis(settings.data_dir)))
+            if redis.pid is None:  # it would end with its owner, and the service would be without
+                raise Misconfigured(
+                    f"Another redismem process runs the Redis of {settings.data_dir}: "
+                    "end it, or name another --data-dir."
+                )
+            yield redis.url, f"{settings.data_dir} (embedded Redis)"
+        finally:
+            runner.run(stack.aclose())
+
+
+async def _check(settings: Settings) -> None:
+    """Raise what would keep the workers from starting, before there are any."""
+    async with open_service(settings):
+        pass
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _free_port(host: str, port: int) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as exc:
+            raise Misconfigured(
+                f"Cannot listen on {host}, port {port} ({exc}): "
+                "end what listens there, or choose another --port."
+            ) from exc
+        return int(probe.getsockname()[1])
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Return the variables that a worker reads as these settings."""
+    values = {name: getattr(settings, name) for name in _FIELDS}
+    return {
+        f"REDISMEM_{name.upper()}": str(int(value) if isinstance(value, bool) else value)
+        for name, value in values.items()
+    }
+
+
+def _announce(settings: Settings, where: str) -> None:
+    """Print the address as soon as somebody listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104  # compared only
+    while True:
+        with suppress(OSError), socket.create_connection((host, settings.port), timeout=1):
+            break
+        time.sleep(0.02)
+    base = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    click.echo(f"redismem serves {base}, documentation at {base}/docs\nData: {where}\nCtrl-C stops.")
+
+
+@main.command()
+@click.option("--serve", "keep", is_flag=True, help="Keep the service running afterwards, until Ctrl-C.")
+@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Your own NDJSON.")
+@click.option("--question", "questions", multiple=True, help="A question to your own data; may be repeated.")
+@click.option("--port", type=int, help="8000 with --serve, else a free one.")
+def demo(keep: bool, data: Path | None, questions: tuple[str, ...], port: int | None) -> None:
+    """Load a sample life into a service of its own, ask questions and show how they are answered."""
+    run_demo(keep=keep, data=data, questions=questions, port=port)

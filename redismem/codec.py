@@ -145,7 +145,7 @@ def _moment(raw: bytes | None) -> datetime | None:
 def _json_object(raw: bytes | None) -> dict[str, object]:
     try:
         value = msgspec.json.decode(raw) if raw else {}
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -29,19 +29,26 @@ _TITLE = "redismem"
 _ABOUT = """\
 Memory for AI assistants in the Redis you already run.
 
-Times are RFC 3339. A user id may hold any character but NUL: percent-encode it in the path, `/` and `%` included.
-Bodies are UTF-8 JSON and need a `Content-Type`. Errors are `{"error": {"code", "message", "field"?, "request_id"}}`.
-Every reply carries `X-Request-ID`, yours or a new one; the service's log has it."""
+Times are RFC 3339. A user id may hold any character but NUL: percent-encode it in the path, `/` and `%`
+included. Bodies are UTF-8 JSON and need a `Content-Type`. Errors are
+`{"error": {"code", "message", "field"?, "request_id"}}`. Every reply carries `X-Request-ID`, yours or a new
+one; the service's log has it."""
 
 # what `str.strip` takes away, NUL excluded; regular expressions disagree on \s, so it is spelled out
 _CONTROL = r"\u0000-\u001f\u007f"
 _SPACE = r"\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _BLANK = rf"\u0009-\u000d\u001c-\u001f{_SPACE}"
 
-#: strings that `types` checks by function, told by their (minLength, maxLength)
-_STRINGS = {
-    (1, 256): rf"^[{_SPACE}]*[^{_CONTROL}{_SPACE}][^{_CONTROL}]*$",  # types.checked_name
-    (1, MAX_TEXT_BYTES): rf"^[{_BLANK}]*[^\u0000{_BLANK}][^\u0000]*$",  # types.checked_text
+#: strings that `types.checked_name` and `checked_text` check, told by their (minLength, maxLength)
+_STRINGS: dict[tuple[int, int], Schema] = {
+    (1, 256): {
+        "pattern": rf"^[{_SPACE}]*[^{_CONTROL}{_SPACE}][^{_CONTROL}]*$",
+        "description": "not blank, no control characters",
+    },
+    (1, MAX_TEXT_BYTES): {
+        "pattern": rf"^[{_BLANK}]*[^\u0000{_BLANK}][^\u0000]*$",
+        "description": f"not blank, no NUL, at most {MAX_TEXT_BYTES:,} bytes of UTF-8",
+    },
 }
 
 #: string properties that are times
@@ -51,6 +58,13 @@ _TIMES = {"at", "event_date", "created_at", "updated_at", "gt", "gte", "lt", "lt
 def _given(*names: str) -> Schema:
     return {"required": list(names), "properties": {name: {"not": {"type": "null"}} for name in names}}
 
+
+def _at_most(**bounds: float) -> Schema:
+    return {"properties": {name: {"maximum": bound} for name, bound in bounds.items()}}
+
+
+#: narrower than the sum, which JSON Schema cannot form
+_ONE_WEIGHT = [_at_most(recency_weight=0), _at_most(importance_weight=0)]
 
 _RANGE: Schema = {
     "anyOf": [_given(name) for name in ("gt", "gte", "lt", "lte")],
@@ -75,8 +89,9 @@ _RULES: dict[str, Schema] = {
                 "properties": {"vector": {"type": "array"}, "search_mode": {"const": "semantic"}},
             },
         ],
+        "allOf": [{"anyOf": [_at_most(recency_weight=0.5, importance_weight=0.5), *_ONE_WEIGHT]}],
     },
-    "SearchRequest.vector": {"contains": {"anyOf": [{"minimum": MIN_NUMBER}, {"maximum": -MIN_NUMBER}]}},
+    "SearchRequest.vector": {"contains": {"anyOf": [{"minimum": 1e-6}, {"maximum": -1e-6}]}},
     # one item that is right is enough: the others are refused by themselves
     "MemoryBatch.memories": {
         "minItems": 1,
@@ -88,11 +103,11 @@ _RULES: dict[str, Schema] = {
 
 _PATH: dict[str, Schema] = {
     "user": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": r"^[^\u0000]+$"},
-    "id": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": _STRINGS[1, 256]},
+    "id": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": _STRINGS[1, 256]["pattern"]},
 }
 _PATH_TEXT = {
-    "user": "Whose memories: 1 to 256 characters, any but NUL, percent-encoded",
-    "id": "The memory's id, percent-encoded",
+    "user": "whose memories; any character but NUL, percent-encoded",
+    "id": "the memory's id, percent-encoded",
 }
 _REQUEST_HEADERS: dict[str, Schema] = {
     "If-Match": {"type": "string", "pattern": r'^(\*|(W/)?"?[0-9]{1,16}"?)$'},
@@ -125,7 +140,7 @@ _ERRORS = {
 }
 _ERROR: Schema = {
     "title": "Error",
-    "description": "What went wrong: `code` for programs, `message` for people, `field` of the input if it was one.",
+    "description": "What went wrong: `code` for programs, `message` for people, `field` of the input.",
     "type": "object",
     "properties": {
         "error": {
@@ -143,7 +158,7 @@ _TAGS = {"": "users", "corrections": "memories", "export": "transfer", "import":
 _EXAMPLES: dict[str, list[Schema]] = {
     "MemoryInput": [
         {
-            "text": "Anna's wedding is on 12 June in Porto.",
+            "text": "The wedding of Anna is on 12 June in Porto.",
             "topics": ["family"],
             "entities": ["Anna"],
             "session_id": "chat-17",
@@ -154,9 +169,7 @@ _EXAMPLES: dict[str, list[Schema]] = {
     "MemoryPatch": [{"importance": 0.9, "topics": ["family", "travel"]}],
     "SearchRequest": [{"text": "When is the wedding?", "limit": 5, "filters": {"topics": ["family"]}}],
     "BatchRequest": [{"queries": [{"text": "wedding"}, {"text": "tea or coffee?", "limit": 3}]}],
-    "CorrectionRequest": [
-        {"ids": ["wedding"], "memory": {"text": "Anna's wedding moved to 19 June in Porto."}}
-    ],
+    "CorrectionRequest": [{"ids": ["wedding"], "memory": {"text": "The wedding moved to 19 June."}}],
     "ImportRecord": [{"text": "Moved to Lisbon.", "created_at": "2025-03-01T09:00:00Z"}],
 }
 
@@ -208,8 +221,8 @@ def _described(schema: Any, name: str = "") -> Any:
     if found.get("type") == "string" and "enum" not in found:
         if "pattern" in found:
             found["pattern"] = re.sub(r"\\Z$", "$", found["pattern"])  # JSON Schema knows no \Z
-        elif pattern := _STRINGS.get((found.get("minLength", 0), found.get("maxLength", 0))):
-            found["pattern"] = pattern
+        elif rule := _STRINGS.get((found.get("minLength", 0), found.get("maxLength", 0))):
+            found |= rule
         elif name in _TIMES:
             found["format"] = "date-time"
     return found
@@ -239,12 +252,13 @@ def _parameters(operation: Operation) -> list[Schema]:
         {"name": name, "in": "path", "required": True, "description": _PATH_TEXT[name], "schema": _PATH[name]}
         for name in re.findall(r"{(\w+)}", operation.path)
     ]
-    for name, schema in operation.query.items():
-        parameter = {"name": name, "in": "query"}
-        if "description" in schema:
-            parameter["description"] = schema["description"]
-        parameter["schema"] = {key: value for key, value in schema.items() if key != "description"}
-        found.append(parameter | ({"style": "form", "explode": True} if schema.get("type") == "array" else {}))
+    for name, told in operation.query.items():
+        parameter: Schema = {"name": name, "in": "query", "schema": _described(told)}
+        if "description" in told:
+            parameter["description"] = parameter["schema"].pop("description")
+        if told["type"] == "array":
+            parameter |= {"style": "form", "explode": True}
+        found.append(parameter)
     for name, text in operation.headers.items():
         schema = _REQUEST_HEADERS.get(name, {"type": "string"})
         found.append({"name": name, "in": "header", "description": text, "schema": schema})
@@ -270,7 +284,8 @@ def _any_of(kinds: Sequence[type[Any]]) -> Schema:
 def _replies(operation: Operation) -> Schema:
     found: Schema = {}
     for status in operation.statuses:
-        headers = _headers("X-Request-ID", *(("ETag",) if operation.reply is Memory and not operation.ndjson else ()))
+        tagged = operation.reply is Memory and not operation.ndjson
+        headers = _headers("X-Request-ID", "ETag") if tagged else _headers("X-Request-ID")
         found[str(status)] = {"description": HTTPStatus(status).phrase, "headers": headers}
         if operation.reply:
             media = _NDJSON if operation.ndjson and not operation.request else _JSON
@@ -294,7 +309,7 @@ def _error_reply(status: int) -> Schema:
     known = _ERRORS.get(status)
     return {
         "description": (getdoc(known) if known else None) or HTTPStatus(status).phrase,
-        "headers": _headers("X-Request-ID", *(("Retry-After",) if status in (429, 503) else ())),
+        "headers": _headers("X-Request-ID", *(["Retry-After"] if status in (429, 503) else [])),
         "content": {_JSON: {"schema": {"$ref": _REF.format(name="Error")}}},
     }
 

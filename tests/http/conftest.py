@@ -32,7 +32,9 @@ def of_user(user: str, *parts: str) -> str:
     return "/".join(["/v1/users", encoded(user), *map(encoded, parts)])
 
 
-async def add(http: httpx.AsyncClient, user: str, *memories: dict[str, object], wait: bool = True) -> list[str]:
+async def add(
+    http: httpx.AsyncClient, user: str, *memories: dict[str, object], wait: bool = True
+) -> list[str]:
     """Store memories and return their ids; each must be accepted."""
     reply = await http.post(
         of_user(user, "memories"), json={"memories": memories}, params={"wait": str(wait).lower()}

@@ -34,10 +34,6 @@ async def listed(http: httpx.AsyncClient, user: str, query: str = "") -> list[st
     return [memory["id"] for memory in reply.json()["memories"]]
 
 
-async def exported(http: httpx.AsyncClient, user: str) -> list[str]:
-    return [line for line in (await http.get(of_user(user, "export"))).text.splitlines() if line]
-
-
 async def test_a_memory_comes_back_as_it_was_given(http: httpx.AsyncClient) -> None:
     reply = await http.post(ALL, json=FULL)
     assert reply.status_code == 201
@@ -97,7 +93,8 @@ async def test_a_cursor_passes_memories_of_the_same_moment(http: httpx.AsyncClie
     lines = "".join(
         f'{{"id": "t{i}", "text": "tie {i}", "created_at": "2024-01-01T00:00:00Z"}}\n' for i in range(9)
     )
-    await http.post(of_user("alice", "import"), content=lines, headers={"Content-Type": "application/x-ndjson"})
+    url, headers = of_user("alice", "import"), {"Content-Type": "application/x-ndjson"}
+    assert (await http.post(url, content=lines, headers=headers)).json()["created"] == 9
     seen, query = [], "?limit=2"
     while query:
         page = (await http.get(ALL + query)).json()
@@ -142,13 +139,9 @@ async def test_a_cursor_passes_memories_of_the_same_moment(http: httpx.AsyncClie
         ("topics=travel&pinned=false", ""),
     ],
 )
-async def test_each_filter_of_a_list_keeps_what_matches(http: httpx.AsyncClient, query: str, ids: str) -> None:
-    other = {
-        "id": "m-2",
-        "text": "Soup",
-        "topics": ["food"],
-        "metadata": {"n": 1, "none": None, "a.b": True},
-    }
+async def test_each_filter_keeps_what_matches(http: httpx.AsyncClient, query: str, ids: str) -> None:
+    metadata = {"n": 1, "none": None, "a.b": True}
+    other = {"id": "m-2", "text": "Soup", "topics": ["food"], "metadata": metadata}
     await add(http, "alice", FULL, {"id": "m-3", "text": "Soop"})
     correction = {"ids": ["m-3"], "memory": other}
     assert (await http.post(of_user("alice", "corrections"), json=correction)).status_code == 201
@@ -158,7 +151,7 @@ async def test_each_filter_of_a_list_keeps_what_matches(http: httpx.AsyncClient,
 async def test_a_patch_changes_what_it_names_and_nothing_else(http: httpx.AsyncClient) -> None:
     await add(http, "alice", FULL)
     before = (await http.get(ONE)).json()
-    reply = await http.patch(ONE, json={"text": "Ana takes the train", "session_id": None, "event_date": None})
+    reply = await http.patch(ONE, json={"text": "Ana takes a train", "session_id": None, "event_date": None})
     assert reply.status_code == 200
     after = reply.json()
     assert reply.headers["etag"] == f'"{after["version"]}"'
@@ -220,7 +213,7 @@ async def test_a_deleted_memory_is_nowhere_but_its_history_stays(http: httpx.Asy
     error_of(await http.patch(ONE, json={"pinned": True}), 404)
     assert await listed(http, "alice", "superseded=include") == ["m-2"]
     assert await found(http, "alice", "Ana flies to Lisbon") == ["m-2"]
-    assert len(await exported(http, "alice")) == 1
+    assert (await http.get(of_user("alice", "export"))).text.count("\n") == 1
     history = await http.get(ONE + "/history")
     assert [event["event"] for event in history.json()["events"]] == ["created", "deleted"]
     assert "Lisbon" not in history.text
@@ -244,7 +237,7 @@ async def test_a_history_tells_every_change_in_order(http: httpx.AsyncClient) ->
 
 async def test_a_correction_hides_what_it_replaces(http: httpx.AsyncClient) -> None:
     await add(http, "alice", FULL, {"id": "m-2", "text": "Ana lives in Lisbon"})
-    url, body = of_user("alice", "corrections"), {"ids": ["m-1", "m-2"], "memory": {"text": "Ana left Lisbon"}}
+    url, body = of_user("alice", "corrections"), {"ids": ["m-1", "m-2"], "memory": {"text": "Ana left"}}
     reply = await http.post(url, json=body)
     assert reply.status_code == 201
     new = reply.json()
@@ -269,7 +262,7 @@ async def test_a_correction_that_cannot_be_made_changes_nothing(http: httpx.Asyn
     assert sorted(await listed(http, "alice")) == ["m-1", "m-2"]
 
 
-async def test_forgetting_a_user_leaves_no_key_and_no_index(http: httpx.AsyncClient, service: Service) -> None:
+async def test_forgetting_leaves_no_key_and_no_index(http: httpx.AsyncClient, service: Service) -> None:
     await add(http, "alice", *({"text": f"memory {i}", "session_id": "s"} for i in range(7)))
     await add(http, "bob", {"text": "memory of bob"})
     reply = await http.delete(of_user("alice"))
@@ -279,7 +272,7 @@ async def test_forgetting_a_user_leaves_no_key_and_no_index(http: httpx.AsyncCli
     assert not [name for name in await service.client.execute("FT._LIST") if b"alice" in name]
     assert await listed(http, "alice") == []
     assert await found(http, "alice", "memory") == []
-    assert await exported(http, "alice") == []
+    assert (await http.get(of_user("alice", "export"))).text == ""
     assert (await http.delete(of_user("alice"))).json() == {"memories": 0, "keys": 0}
     assert len(await listed(http, "bob")) == 1
 
@@ -344,7 +337,7 @@ async def test_a_delete_that_overtakes_a_rewrite_wins(
     assert await gone(gated_http, gated)
 
 
-async def test_a_delete_right_after_each_of_many_creates_wins(http: httpx.AsyncClient, service: Service) -> None:
+async def test_a_delete_right_after_a_create_wins(http: httpx.AsyncClient, service: Service) -> None:
     async def created_and_deleted(i: int) -> None:
         (memory_id,) = await add(http, "alice", {"text": f"short-lived {i}", "session_id": "s"}, wait=False)
         assert (await http.delete(of_user("alice", "memories", memory_id))).status_code == 200

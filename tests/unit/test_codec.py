@@ -23,18 +23,25 @@ from redismem.codec import (
 )
 from redismem.types import MemoryInput
 
-characters = st.characters(exclude_categories=("Cs", "Cc"))
-names = st.text(st.one_of(st.sampled_from("|%{},\\ aA"), characters), min_size=1, max_size=20).filter(str.strip)
-texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(str.strip)
+characters = st.characters(exclude_categories=["Cs", "Cc"])
+names = st.text(st.one_of(st.sampled_from("|%{},\\ aA"), characters), min_size=1, max_size=20).filter(
+    str.strip
+)
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
+    str.strip
+)
 shares = st.floats(0, 1)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(characters, max_size=9)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.text(characters, max_size=9)
     | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
     max_leaves=6,
 )
 # years that a person's memories may name; microseconds are exact in them
-moments = st.datetimes(datetime(1800, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+moments = st.datetimes(datetime(1800, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))
 memories = st.builds(
     MemoryInput,
     text=texts,
@@ -104,8 +111,12 @@ def test_an_id_is_not_content_and_order_of_topics_is_not() -> None:
 
 
 def test_a_topic_moved_to_the_entities_is_other_content() -> None:
-    assert content_hash(MemoryInput(text="x", topics=["a"])) != content_hash(MemoryInput(text="x", entities=["a"]))
-    assert content_hash(MemoryInput(text="x", topics=["ab"])) != content_hash(MemoryInput(text="x", topics=["a", "b"]))
+    assert content_hash(MemoryInput(text="x", topics=["a"])) != content_hash(
+        MemoryInput(text="x", entities=["a"])
+    )
+    assert content_hash(MemoryInput(text="x", topics=["ab"])) != content_hash(
+        MemoryInput(text="x", topics=["a", "b"])
+    )
 
 
 def test_each_attempt_gives_another_id_and_the_first_is_the_hash() -> None:
@@ -134,7 +145,10 @@ def test_an_event_of_any_year_is_stored_or_refused_as_a_value(moment: datetime) 
     assert abs((back.event_date - moment).total_seconds()) < 0.001
 
 
-@given(st.sampled_from(READ_FIELDS), st.binary(max_size=12) | st.sampled_from([b"inf", b"-inf", b"nan", b"1e999"]))
+@given(
+    st.sampled_from(READ_FIELDS),
+    st.binary(max_size=12) | st.sampled_from([b"inf", b"-inf", b"nan", b"1e999"]),
+)
 @example("version", b"inf")
 @example("version", b"nan")
 @example("metadata", b'"\xff')

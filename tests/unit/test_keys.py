@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from redismem.keys import META_PATTERN, VECTOR_FIELDS, Owner
 
-characters = st.characters(exclude_categories=("Cs",))
+characters = st.characters(exclude_categories=["Cs"])
 hostile = st.text(st.one_of(st.sampled_from("/%{}:|,*?[]~\\'\" aA1é😀\u202eא\u0301\x7f"), characters))
 users = hostile.filter(lambda text: 0 < len(text) <= 256)
 namespaces = hostile.filter(lambda text: len(text) <= 256)

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from redismem.words import MAX_QUERY_WORDS, STOP_WORDS, day_words, extra_words, query_words, speaker, text_words
+from redismem.words import (
+    MAX_QUERY_WORDS,
+    STOP_WORDS,
+    day_words,
+    extra_words,
+    query_words,
+    speaker,
+    text_words,
+)
 
 #: what RediSearch 2.10.5 splits on (found by trying each ASCII character); line ends are not in it
 SEPARATORS = " \t,.<>{}[]\"':;!@#$%^&*()-+=~|/?`"
@@ -21,10 +29,10 @@ def indexed(text: str) -> set[str]:
     return set(re.split(f"[{re.escape(SEPARATORS)}]+", lowered))
 
 
-@given(st.text(st.characters(exclude_characters="\\", exclude_categories=("Cs",))))
+@given(st.text(st.characters(exclude_characters="\\", exclude_categories=["Cs"])))
 @example("the first line\nthe second\r\nthe third")
 @example("a\x0bb\x0cc\x1fd\x00e")
-@example("Ünïcode “quoted” word’s 東京タワー 😀 İstanbul ﬁn x²")
+@example("Ünïcode “quoted” word\u2019s 東京タワー 😀 İstanbul ﬁn x²")
 def test_every_word_of_a_text_is_in_the_index(text: str) -> None:
     assert set(text_words(text)) <= indexed(text) | indexed(extra_words(text))
 

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any, get_args
+
+import httpx
+import jsonschema_rs
+import msgspec
+import pytest
+from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
+
+from redismem import types
+from redismem.http.app import create_app
+from redismem.http.docs import docs_page
+from redismem.http.openapi import openapi_document
+from redismem.http.routes import OPERATIONS
+from redismem.service import Service
+from tests.http.conftest import JSON, of_user
+
+DOCUMENT = openapi_document(OPERATIONS)
+PAGE = docs_page(DOCUMENT)
+SCHEMAS = DOCUMENT["components"]["schemas"]
+DOCUMENTED = [
+    (method, path, operation)
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+]
+
+RANGES = [
+    ({"gte": 0}, True),
+    ({"gt": 0, "lte": 1}, True),
+    ({"gt": 0, "gte": None}, True),
+    ({}, False),
+    ({"gt": None}, False),
+    ({"gt": 0, "gte": 0}, False),
+    ({"lt": 1, "lte": 1}, False),
+    ({"gt": "x"}, False),
+]
+TAGS = [({"any": ["a"]}, True), ({"none": ["a"], "all": []}, True), ({}, False), ({"any": []}, False)]
+PATCHES = [({"pinned": True}, True), ({"session_id": None}, True), ({}, False), ({"text": None}, False)]
+MEMORIES = [
+    ({"text": "a"}, True),
+    ({"text": "\n a \u3000\x01"}, True),
+    ({"text": " \n\x1f\x85\u2028"}, False),
+    ({"text": "a\0"}, False),
+    ({"text": ""}, False),
+    ({"text": "x" * types.MAX_TEXT_BYTES}, True),
+    ({"text": "x" * (types.MAX_TEXT_BYTES + 1)}, False),
+    ({"text": "a", "id": "\xa0é/|%\u202f"}, True),
+    ({"text": "a", "id": "\u2003 "}, False),
+    ({"text": "a", "id": "a\x7fb"}, False),
+    ({"text": "a", "topics": ["a"] * 101}, False),
+    ({"text": "a", "topics": ["a\tb"]}, False),
+    ({"text": "a", "memory_type": "a_1-b"}, True),
+    ({"text": "a", "memory_type": "a\n"}, False),
+    ({"text": "a", "importance": 1.5}, False),
+    ({"text": "a", "event_date": "2026-01-02T03:04:05Z"}, True),
+    ({"text": "a", "event_date": "yesterday"}, False),
+    ({"text": "a", "unknown": 1}, False),
+]
+SEARCHES = [
+    ({"text": "a"}, True),
+    ({"text": "a", "search_mode": "keyword", "vector": None}, True),
+    ({"vector": [1, 0], "search_mode": "semantic"}, True),
+    ({"vector": [1, 0]}, False),
+    ({"vector": [1, 0], "text": None, "search_mode": "keyword"}, False),
+    ({"vector": [0, 0], "search_mode": "semantic"}, False),
+    ({"text": None}, False),
+    ({}, False),
+    ({"text": "a", "recency_weight": 0.5, "importance_weight": 0.5}, True),
+    ({"text": "a", "recency_weight": 1}, True),
+    ({"text": "a", "recency_weight": 1, "importance_weight": 0.1}, False),
+    ({"text": "a", "filters": {"topics": "a", "entities": ["b"], "session_id": "c"}}, True),
+    ({"text": "a", "filters": {"topics": []}}, False),
+    ({"text": "a", "filters": {"superseded": "maybe"}}, False),
+]
+CASES = [
+    *(("NumberRange", value, good) for value, good in RANGES),
+    *(("TagMatch", value, good) for value, good in TAGS),
+    *(("MemoryPatch", value, good) for value, good in PATCHES),
+    *(("MemoryInput", value, good) for value, good in MEMORIES),
+    *(("ImportRecord", value, good) for value, good in MEMORIES),
+    *(("SearchRequest", value, good) for value, good in SEARCHES),
+]
+
+
+def validator(name: str) -> jsonschema_rs.Draft202012Validator:
+    root = {"$ref": f"#/components/schemas/{name}", "components": {"schemas": SCHEMAS}}
+    return jsonschema_rs.Draft202012Validator(root, validate_formats=True)
+
+
+def accepted(name: str, value: object) -> bool:
+    try:
+        msgspec.json.decode(msgspec.json.encode(value), type=getattr(types, name))
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def refs(node: object) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+        return own + [ref for value in node.values() for ref in refs(value)]
+    return [ref for item in node for ref in refs(item)] if isinstance(node, list) else []
+
+
+def time_fields(kind: type[Any]) -> set[str]:
+    return {
+        item.encode_name
+        for item in msgspec.inspect.type_info(kind).fields  # type: ignore[attr-defined]  # it is a StructType
+        if any(
+            isinstance(one, msgspec.inspect.DateTimeType) for one in getattr(item.type, "types", (item.type,))
+        )
+    }
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def parsed(page: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = Page()
+    parser.feed(page)
+    return parser.tags
+
+
+def test_the_document_is_openapi_3_1() -> None:
+    OPENAPI_31_VALIDATOR.validate(DOCUMENT)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_schema_is_json_schema_and_says_what_it_is(name: str) -> None:
+    jsonschema_rs.meta.validate({"$schema": "https://json-schema.org/draft/2020-12/schema", **SCHEMAS[name]})
+    assert SCHEMAS[name]["description"].strip()
+    assert "\n    " not in SCHEMAS[name]["description"]
+
+
+def test_every_route_is_documented_and_every_documented_route_exists(service: Service) -> None:
+    app: Any = create_app(service)
+    routes = app._app._app.routes
+    served = {(method.lower(), route.path) for route in routes for method in route.methods} - {
+        ("head", route.path) for route in routes
+    }
+    own = {("get", "/openapi.json"), ("get", "/docs")}
+    assert served == {(method, path) for method, path, _ in DOCUMENTED} | own
+
+
+def test_operation_ids_are_unique_and_every_tag_is_declared() -> None:
+    ids = [operation["operationId"] for _, _, operation in DOCUMENTED]
+    assert len(set(ids)) == len(ids)
+    used = {tag for _, _, operation in DOCUMENTED for tag in operation["tags"]}
+    assert used == {tag["name"] for tag in DOCUMENT["tags"]}
+
+
+def test_every_reference_resolves() -> None:
+    found = refs(DOCUMENT)
+    assert found
+    for ref in found:
+        node: Any = DOCUMENT
+        for part in ref.removeprefix("#/").split("/"):
+            node = node[part]
+
+
+def test_every_user_operation_can_answer_422_and_503_and_none_500() -> None:
+    for _, path, operation in DOCUMENTED:
+        statuses = set(operation["responses"])
+        assert "500" not in statuses
+        if "{user}" in path:
+            assert {"422", "503"} <= statuses, path
+        if "requestBody" in operation:
+            ndjson = "application/x-ndjson" in operation["requestBody"]["content"]
+            assert statuses >= ({"413"} if ndjson else {"400", "413"}), path
+
+
+@pytest.mark.parametrize(("name", "value", "good"), CASES)
+def test_schema_and_type_agree(name: str, value: object, good: bool) -> None:
+    assert accepted(name, value) is good
+    assert validator(name).is_valid(value) is good
+
+
+def test_every_time_has_its_format() -> None:
+    kinds = [getattr(types, name) for name in SCHEMAS if hasattr(types, name)]
+    found = {(kind.__name__, name) for kind in kinds for name in time_fields(kind)}
+    told = {
+        (name, key)
+        for name, schema in SCHEMAS.items()
+        for key, item in schema["properties"].items()
+        if "date-time" in (item.get("format"), *(one.get("format") for one in item.get("anyOf", ())))
+    }
+    assert found == told
+    assert ("HistoryEvent", "at") in found
+
+
+def test_a_batch_needs_one_memory_that_is_right() -> None:
+    batch = validator("MemoryBatch")
+    assert batch.is_valid({"memories": [{"text": ""}, {"text": "a"}]})
+    assert not batch.is_valid({"memories": [{"text": ""}]})
+    assert not batch.is_valid({"memories": []})
+    assert not batch.is_valid({"memories": [{"text": "a"}] * (types.MAX_BATCH_MEMORIES + 1)})
+
+
+def test_every_body_has_examples_that_its_schema_accepts() -> None:
+    for _, path, operation in DOCUMENTED:
+        for content in operation.get("requestBody", {}).get("content", {}).values():
+            assert content["examples"], path
+            for name, example in content["examples"].items():
+                validator(name).validate(example["value"])
+
+
+def test_properties_with_defaults_are_not_required_in_replies() -> None:
+    hit = SCHEMAS["Hit"]
+    assert {"id", "text", "score"} <= set(hit["required"])
+    assert not {"session_id", "explain", "sources"} & set(hit["required"])
+
+
+async def test_the_service_serves_document_and_page(http: httpx.AsyncClient) -> None:
+    reply = await http.get("/openapi.json")
+    assert reply.json() == DOCUMENT
+    page = await http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.text == PAGE
+
+
+async def test_replies_have_the_documented_shape(http: httpx.AsyncClient) -> None:
+    stored = await http.post(
+        of_user("alice", "memories"), json={"text": "tea", "event_date": "2026-01-02T03:04:05Z"}
+    )
+    validator("PutReply").validate(stored.json())
+    memory = await http.get(of_user("alice", "memories", stored.json()["memories"][0]["id"]))
+    validator("Memory").validate(memory.json())
+    search = await http.post(of_user("alice", "search"), json={"text": "tea", "explain": True})
+    validator("SearchReply").validate(search.json())
+    assert search.json()["memories"]
+    refused = await http.post(of_user("alice", "search"), content=b"{", headers=JSON)
+    validator("Error").validate(refused.json())
+    for reply in (stored, memory, search, refused):
+        for name, header in DOCUMENT["components"]["headers"].items():
+            if name in reply.headers:
+                assert re.search(header["schema"].get("pattern", ""), reply.headers[name])
+
+
+def test_the_page_shows_every_operation_and_schema() -> None:
+    ids = {attributes.get("id") for _, attributes in parsed(PAGE)}
+    assert ids >= {f"op-{operation['operationId']}" for _, _, operation in DOCUMENTED}
+    assert ids >= {f"schema-{name}" for name in SCHEMAS}
+    for method, path, operation in DOCUMENTED:
+        assert f'<b class="m {method}">{method.upper()}</b><code>{path}</code>' in PAGE
+        assert operation["summary"] in PAGE
+    assert PAGE.count("Content-Type: application/") >= sum("requestBody" in item for _, _, item in DOCUMENTED)
+
+
+def test_the_page_needs_nothing_from_outside() -> None:
+    tags = parsed(PAGE)
+    assert {tag for tag, _ in tags}.isdisjoint({"script", "img", "iframe", "object", "embed"})
+    ids = {f"#{attributes['id']}" for _, attributes in tags if "id" in attributes}
+    links = {attributes["href"] for _, attributes in tags if "href" in attributes}
+    assert links <= ids | {"/openapi.json", "data:,"}
+    assert not any("src" in attributes or "style" in attributes for _, attributes in tags)
+    assert "url(" not in PAGE
+    assert "@import" not in PAGE
+
+
+def test_the_page_escapes_what_the_document_says() -> None:
+    evil = "<script>alert(1)</script>`<b>`"
+    document = openapi_document(OPERATIONS)
+    document["info"]["description"] = evil
+    for name, schema in document["components"]["schemas"].items():
+        document["components"]["schemas"][name] = {**schema, "description": evil, "properties": {evil: {}}}
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            operation.update(summary=evil, description=evil)
+    tags = {tag for tag, _ in parsed(docs_page(document))}
+    assert "script" not in tags
+    assert all(set(attributes) == {"class"} for tag, attributes in parsed(docs_page(document)) if tag == "b")
+
+
+def test_enumerations_are_those_of_the_types() -> None:
+    modes = SCHEMAS["SearchRequest"]["properties"]["search_mode"]
+    assert modes["type"] == "string"
+    assert set(modes["enum"]) == set(get_args(types.SearchMode))
