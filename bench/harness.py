@@ -47,7 +47,16 @@ def running_server(**environment: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="redismem-bench-") as folder:
         data_dir = Path(folder) / "data"
         port = free_port()
-        command = [sys.executable, "-m", "redismem", "serve", "--port", str(port), "--data-dir", str(data_dir)]
+        command = [
+            sys.executable,
+            "-m",
+            "redismem",
+            "serve",
+            "--port",
+            str(port),
+            "--data-dir",
+            str(data_dir),
+        ]
         log = (Path(folder) / "serve.log").open("w+")
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
         url = f"http://127.0.0.1:{port}"
@@ -95,7 +104,9 @@ class Connection:
         writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
         raw = await reader.readuntil(b"\r\n\r\n")
         length = next(
-            int(line.partition(b":")[2]) for line in raw.split(b"\r\n") if line.lower().startswith(b"content-length")
+            int(line.partition(b":")[2])
+            for line in raw.split(b"\r\n")
+            if line.lower().startswith(b"content-length")
         )
         return int(raw.split(b" ", 2)[1]), await reader.readexactly(length)
 
@@ -109,7 +120,8 @@ def sentences(count: int, seed: int, words: tuple[int, int] = (8, 20)) -> list[s
     """Return texts of that many words, made distinct by a number."""
     chooser = random.Random(seed)
     return [
-        f"{' '.join(chooser.choices(VOCABULARY, k=chooser.randint(*words)))} {number}" for number in range(count)
+        f"{' '.join(chooser.choices(VOCABULARY, k=chooser.randint(*words)))} {number}"
+        for number in range(count)
     ]
 
 
@@ -139,7 +151,9 @@ def write_result(name: str, figures: dict[str, Any], data: bytes = b"") -> Path:
         "cpu": cpu.partition(":")[2].strip(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "packages": {package: version(package) for package in ("redis", "starlette", "uvicorn", "onnxruntime")},
+        "packages": {
+            package: version(package) for package in ("redis", "starlette", "uvicorn", "onnxruntime")
+        },
         "data_sha256": hashlib.sha256(data).hexdigest() if data else None,
         **figures,
     }

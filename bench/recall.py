@@ -102,7 +102,8 @@ async def measure(url: str, folder: Path, limit_questions: int | None) -> dict[s
                             rank = next((i for i, one in enumerate(ids, 1) if one in evidence), None)
                             scores[mode]["mrr"].append(1 / rank if rank else 0.0)
     return {
-        mode: {name: round(sum(values) / len(values), 4) for name, values in by.items()} | {"n": len(by["mrr"])}
+        mode: {name: round(sum(values) / len(values), 4) for name, values in by.items()}
+        | {"n": len(by["mrr"])}
         for mode, by in scores.items()
     }
 

@@ -1,7 +1,8 @@
 """How fast do memories go in, and how long until a write is acknowledged while others read?
 
-Bulk and single writes, with the bundled model and with an embedder that costs nothing; then single writes at a
-fixed rate (open loop: a late write counts from when it was due) beside readers that never pause.
+Bulk and single writes, with the bundled model and with an embedder that costs nothing; then single
+writes at a fixed rate (open loop: a late write counts from when it was due) beside readers that never
+pause.
 Usage: python bench/write_path.py [--quick]
 """
 

@@ -3,14 +3,17 @@
 -- Rebuilds what is derived of one owner, in slices, while the owner is served.
 --
 -- Functions (KEYS -> ARGV -> reply)
---   rm_reindex_v1  ids | prefix first count        -> ids seen; indexes these memories again
+--   rm_adopt_v1    alias ids | prefix offset limit  -> OK found added; lists memories that another service
+--                  wrote, so that the others see them; fewer found than limit ends the walk
+--   rm_reindex_v1  ids | prefix, ids …             -> how many exist; indexes these memories again
+--   rm_begin_v1    index meta | embedder restart(0/1), FT.CREATE arguments …
+--                  -> GONE | STARTED | RESUMED: an index for the vectors of the next embedder
 --   rm_stage_v1    meta turns | prefix embedder dim field, (id content_hash prev_id prev_hash vector) …
 --                  -> a word an id: OK STALE MISSING; stores vectors of the next embedder beside the old
 --   rm_switch_v1   alias index meta | embedder dim field
---                  -> OK, the index that served before; searches use the new vectors from here on
---   rm_settle_v1   ids | prefix first count field old_field embedder
---                  -> ids seen; removes the old vectors
--- first and count are ranks in ids; a reply of fewer than count ends the walk.
+--                  -> GONE | OK: searches use the new vectors from here on
+--   rm_settle_v1   meta | prefix field old_field embedder, ids …
+--                  -> how many exist; removes the old vectors
 --
 -- Complexity: O(slice), 0.04 ms a memory (it is indexed again). Derived keys: prefix .. id.
 -- Limits: slices of at most 1,000.
@@ -19,10 +22,13 @@ local function misuse(text)
   return redis.error_reply('RMEM_USAGE ' .. text)
 end
 
-local function slice(keys, args)
-  local first, count = tonumber(args[2] or ''), tonumber(args[3] or '')
-  if not (keys[1] and first and count) or count > 1000 then return nil end
-  return redis.call('ZRANGE', keys[1], first, first + count - 1)
+local function whole(text, low, high)
+  local number = tonumber(text or '')
+  return number and number >= low and number <= high and number % 1 == 0 and number or nil
+end
+
+local function is_record(key)
+  return redis.call('TYPE', key).ok == 'hash' and redis.call('HEXISTS', key, 'text') == 1
 end
 
 local function preceding(turns, id)
@@ -30,19 +36,52 @@ local function preceding(turns, id)
   return link and string.match(link, '^[^\31]*') or ''
 end
 
-local function reindex(keys, args)
-  local ids = slice(keys, args)
-  if not ids then return misuse('rm_reindex ids | prefix first count') end
-  for _, id in ipairs(ids) do
-    local key = args[1] .. id
-    if redis.call('HEXISTS', key, 'text') == 1 then redis.call('HSET', key, 'pk', id) end
+local function adopt(keys, args)
+  local alias, ids, prefix = keys[1], keys[2], args[1]
+  local offset, limit = whole(args[2], 0, 1e7), whole(args[3], 1, 1000)
+  if not (ids and offset and limit) then return misuse('rm_adopt alias ids | prefix offset limit') end
+  local found = redis.pcall('FT.SEARCH', alias, '*', 'NOCONTENT', 'SORTBY', 'created_at', 'LIMIT', offset, limit)
+  if found.err then return { 'OK', 0, 0 } end
+  local added = 0
+  for i = 2, #found do
+    local created_at = tonumber(redis.call('HGET', found[i], 'created_at') or '') or 0
+    if not (created_at > -1e12 and created_at < 1e12) then created_at = 0 end
+    added = added + redis.call('ZADD', ids, 'NX', string.format('%.6f', created_at),
+      string.sub(found[i], #prefix + 1))
   end
-  return #ids
+  return { 'OK', #found - 1, added }
+end
+
+local function reindex(keys, args)
+  if not (keys[1] and args[1]) then return misuse('rm_reindex ids | prefix, ids') end
+  local count = 0
+  for i = 2, #args do
+    local key = args[1] .. args[i]
+    if is_record(key) then
+      redis.call('HSET', key, 'pk', args[i])
+      count = count + 1
+    end
+  end
+  return count
+end
+
+local function begin(keys, args)
+  local index, meta, embedder = keys[1], keys[2], args[1]
+  if not (meta and args[3]) then return misuse('rm_begin index meta | embedder restart, FT.CREATE …') end
+  local raw = redis.call('HMGET', meta, 'index', 'next_embedder')
+  if not raw[1] then return 'GONE' end
+  if raw[1] == index then return misuse('rm_begin: this index serves') end
+  if raw[2] == embedder and args[2] == '0' then return 'RESUMED' end
+  redis.pcall('FT.DROPINDEX', index)
+  local made = redis.pcall('FT.CREATE', unpack(args, 3))
+  if made.err then return made end
+  redis.call('HSET', meta, 'next_embedder', embedder)
+  return 'STARTED'
 end
 
 local function stage(keys, args)
   local meta, turns, prefix, embedder = keys[1], keys[2], args[1], args[2]
-  local dim, field = tonumber(args[3] or ''), args[4]
+  local dim, field = whole(args[3], 1, 65536), args[4]
   if not (turns and dim and field) or (#args - 4) % 5 ~= 0 then
     return misuse('rm_stage meta turns | prefix embedder dim field, …')
   end
@@ -53,11 +92,11 @@ local function stage(keys, args)
   local words = {}
   for i = 5, #args, 5 do
     local id, key = args[i], prefix .. args[i]
-    local raw = redis.call('HMGET', key, 'text', 'content_hash')
-    local previous = raw[1] and preceding(turns, id)
-    if not raw[1] then
+    local there = is_record(key)
+    local previous = there and preceding(turns, id)
+    if not there then
       words[#words + 1] = 'MISSING'
-    elseif (raw[2] or '') ~= args[i + 1] or previous ~= args[i + 2]
+    elseif (redis.call('HGET', key, 'content_hash') or '') ~= args[i + 1] or previous ~= args[i + 2]
         or (previous ~= '' and (redis.call('HGET', prefix .. previous, 'content_hash') or '') ~= args[i + 3]) then
       words[#words + 1] = 'STALE'
     else
@@ -71,34 +110,42 @@ end
 local function switch(keys, args)
   local alias, index, meta = keys[1], keys[2], keys[3]
   if not (meta and args[3]) then return misuse('rm_switch alias index meta | embedder dim field') end
-  local before = redis.call('HGET', meta, 'index') or ''
+  if redis.call('HEXISTS', meta, 'index') == 0 then
+    redis.pcall('FT.DROPINDEX', index)
+    return 'GONE'
+  end
   local named = redis.pcall('FT.ALIASUPDATE', alias, index)
   if named.err then return named end
   redis.call('HSET', meta, 'index', index, 'embedder', args[1], 'dim', args[2], 'vector_field', args[3])
   redis.call('HINCRBY', meta, 'generation', 1)
-  return { 'OK', before }
+  return 'OK'
 end
 
 local function settle(keys, args)
-  local ids = slice(keys, args)
-  local field, old_field, embedder = args[4], args[5], args[6]
-  if not (ids and embedder) or field == old_field then
-    return misuse('rm_settle ids | prefix first count field old_field embedder')
+  local meta, prefix, field, old_field, embedder = keys[1], args[1], args[2], args[3], args[4]
+  if not (meta and embedder) or redis.call('HGET', meta, 'vector_field') ~= field or field == old_field then
+    return misuse('rm_settle meta | prefix field old_field embedder, ids')
   end
-  for _, id in ipairs(ids) do
-    local key = args[1] .. id
-    local staged = redis.call('HGET', key, 'embedder_next')
-    redis.call('HDEL', key, old_field, 'embedder_next')
-    if staged == embedder then
-      redis.call('HSET', key, 'embedder', embedder)
-    elseif redis.call('HGET', key, 'embedder') ~= embedder then
-      redis.call('HDEL', key, field, 'embedder')
+  local count = 0
+  for i = 5, #args do
+    local key = prefix .. args[i]
+    if is_record(key) then
+      local staged = redis.call('HGET', key, 'embedder_next')
+      redis.call('HDEL', key, old_field, 'embedder_next')
+      if staged == embedder then
+        redis.call('HSET', key, 'embedder', embedder)
+      elseif redis.call('HGET', key, 'embedder') ~= embedder then
+        redis.call('HDEL', key, field, 'embedder')
+      end
+      count = count + 1
     end
   end
-  return #ids
+  return count
 end
 
+redis.register_function('rm_adopt_v1', adopt)
 redis.register_function('rm_reindex_v1', reindex)
+redis.register_function('rm_begin_v1', begin)
 redis.register_function('rm_stage_v1', stage)
 redis.register_function('rm_switch_v1', switch)
 redis.register_function('rm_settle_v1', settle)

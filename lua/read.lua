@@ -28,8 +28,12 @@ local function text17(number)
 end
 
 local function no_index(meta, err)
-  -- RediSearch 2.10 says "no such index", 8.x "No such index" or "Index not found"
-  if not string.find(string.lower(err), 'index') then return redis.error_reply(err) end
+  -- RediSearch 2.10: "<name>: no such index" or "Unknown index name"; 8.x: "No such index <name>"
+  local text = string.lower(err)
+  if not (string.find(text, 'no such index', 1, true) or string.find(text, 'unknown index', 1, true)
+      or string.find(text, 'index not found', 1, true)) then
+    return redis.error_reply(err)
+  end
   if redis.call('HEXISTS', meta, 'index') == 1 then return { 'NOINDEX' } end
   return nil
 end
@@ -43,7 +47,9 @@ local function nearest(query)
   if found.err then return nil, found.err end
   local cosine = {}
   for i = 2, #found, 2 do
-    cosine[string.sub(found[i], query.skip)] = 1 - tonumber(found[i + 1][2])
+    -- from 8.8 on a result may come without its fields: it has just gone. FLOAT16 rounds past 1.
+    local distance = found[i + 1] and tonumber(found[i + 1][2] or '')
+    if distance then cosine[string.sub(found[i], query.skip)] = math.max(-1, math.min(1, 1 - distance)) end
   end
   return cosine, found[1]
 end
@@ -91,7 +97,7 @@ local function in_conversation(fused, query)
   for word in string.gmatch(query.words, '%S+') do words[word] = true end
   for i, raw in ipairs(redis.call('HMGET', query.turns, unpack(fields))) do
     if raw then
-      local place, speaker = string.match(raw, '\31(%d+)\31(.*)$')
+      local place, speaker = string.match(raw, '^[^\31]*\31[^\31]*\31(%d+)\31([^\31]*)')
       position[ids[i]], at[tonumber(place)] = tonumber(place), fused[ids[i]]
       if speaker ~= '' then
         speakers[ids[i]] = named(speaker, words)

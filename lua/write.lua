@@ -7,7 +7,8 @@
 --                  -> OK: the index exists and serves under its alias
 --   rm_put_v1      meta ids log turns | prefix now_ms embedder dim log_length count, records …
 --                  -> NOINDEX | OK generation stale [outcome id version embedded a record];
---                  outcomes CREATED UPDATED UNCHANGED TAKEN (a derived id meets other content)
+--                  outcomes CREATED UPDATED UNCHANGED, TAKEN (a derived id meets other content) and, for
+--                  all records after such a one, WAITING: give that one another id and send them again
 --   rm_update_v1   meta ids log turns | prefix now_ms embedder dim log_length version, one record
 --                  -> NOINDEX | MISSING | STALE version | OK version embedded stale
 --   rm_delete_v1   meta ids log turns | prefix now_ms log_length, ids …
@@ -27,7 +28,7 @@
 --
 -- Complexity: O(fields) a record plus its re-indexing (about 0.04 ms); rm_forget O(limit).
 -- Storage: prefix..id hash; ids zset id -> created_at; meta hash; log stream; turns hash:
---     l<id>       place of a turn in its session: id before, id after, position, speaker; joined by \31
+--     l<id>       place of a turn: id before, id after, position, speaker, session; joined by \31
 --     t<session>  the session's last turn: id, position; joined by \31
 --     n           number of sessions so far
 --     pad         65 spaces: a value this long keeps the hash a hash table; as a listpack (up to 512
@@ -35,7 +36,7 @@
 --   A session's turns stand in the order of writing; superseded ones leave. Positions of one session are
 --   consecutive when written; two sessions are SESSION_STEP apart. See README, schema.
 -- Derived keys: prefix .. id.
--- Limits: at most 500 records or ids a call.
+-- Limits: at most 500 records or ids a call. A memory key of a foreign type fails the whole call.
 
 local UNPACK = 1000
 local SESSION_STEP = 1048576
@@ -46,14 +47,24 @@ end
 
 -- check ---------------------------------------------------------------------------------------
 
-local function wrong_types(ctx)
-  local wanted = { [ctx.meta] = 'hash', [ctx.ids] = 'zset', [ctx.log] = 'stream', [ctx.turns] = 'hash' }
-  for key, want in pairs(wanted) do
-    local got = redis.call('TYPE', key).ok
-    if got ~= 'none' and got ~= want then
-      return redis.error_reply('RMEM_TYPE ' .. key .. ' is a ' .. got .. ', not a ' .. want)
-    end
+-- a whole number within bounds; nil for anything else, NaN included
+local function whole(text, low, high)
+  local number = tonumber(text or '')
+  return number and number >= low and number <= high and number % 1 == 0 and number or nil
+end
+
+local function wrong_type(key, want)
+  local got = redis.call('TYPE', key).ok
+  if got ~= 'none' and got ~= want then
+    return redis.error_reply('RMEM_TYPE ' .. key .. ' is a ' .. got .. ', not a ' .. want)
   end
+end
+
+local function wrong_types(ctx, ids)
+  local wrong = wrong_type(ctx.meta, 'hash') or wrong_type(ctx.ids, 'zset') or wrong_type(ctx.turns, 'hash')
+    or (ctx.log and wrong_type(ctx.log, 'stream'))
+  for _, id in ipairs(ids) do wrong = wrong or wrong_type(ctx.prefix .. id, 'hash') end
+  return wrong
 end
 
 local function parsed(args, at)
@@ -61,7 +72,7 @@ local function parsed(args, at)
     id = args[at], kind = args[at + 1], prev_id = args[at + 2], prev_hash = args[at + 3],
     created_at = args[at + 4], speaker = args[at + 5], fields = {}, values = {},
   }
-  local count = tonumber(args[at + 6] or '')
+  local count = whole(args[at + 6], 0, 1000)
   if not count or #args < at + 6 + 2 * count then return nil end
   for i = at + 7, at + 6 + 2 * count, 2 do
     record.fields[#record.fields + 1] = args[i]
@@ -70,26 +81,38 @@ local function parsed(args, at)
   return record, at + 7 + 2 * count
 end
 
-local function bad_vector(record, dim)
-  local vector = record.values.embedding
-  return vector and #vector ~= 2 * dim
-end
-
+-- what the writing functions have in common; nil when an argument is not what it must be
 local function context_of(keys, args)
-  return {
+  local ctx = {
     meta = keys[1], ids = keys[2], log = keys[3], turns = keys[4],
-    prefix = args[1], now_ms = tonumber(args[2]), embedder = args[3], dim = tonumber(args[4]),
+    prefix = args[1], now_ms = whole(args[2], 1, 1e14), embedder = args[3], dim = whole(args[4], 1, 65536),
     log_length = args[5],
   }
+  return ctx.turns and ctx.now_ms and ctx.dim and whole(ctx.log_length, 1, 2 ^ 53) and ctx or nil
+end
+
+-- read the owner's index; NOINDEX without one, misuse for a vector that would not fit it
+local function unready(ctx, records)
+  local raw = redis.call('HMGET', ctx.meta, 'index', 'embedder', 'vector_field', 'dim')
+  ctx.store_embedder, ctx.vector_field = raw[2], raw[3] or 'embedding'
+  if not raw[1] then return { 'NOINDEX' } end
+  local dim = raw[2] == ctx.embedder and tonumber(raw[4] or '') or ctx.dim
+  for _, record in ipairs(records) do
+    local vector = record.values.embedding
+    if vector and #vector ~= 2 * dim then return misuse('a vector has the wrong length') end
+  end
 end
 
 -- read ----------------------------------------------------------------------------------------
 
--- id before, id after, position and speaker of a turn; the ids are '' where there is none
+-- id before, id after, position, speaker and session of a turn; '', '' for a memory outside of sessions
 local function place(ctx, id)
   local raw = redis.call('HGET', ctx.turns, 'l' .. id)
   if not raw then return '', '' end
-  return string.match(raw, '^([^\31]*)\31([^\31]*)\31([^\31]*)\31(.*)$')
+  local before, after, position, speaker, session =
+    string.match(raw, '^([^\31]*)\31([^\31]*)\31(%d+)\31([^\31]*)\31(.*)$')
+  if not session then return '', '' end
+  return before, after, position, speaker, session
 end
 
 -- whether a vector made from `id` and the turn `prev_id` with that content still is right
@@ -99,18 +122,17 @@ local function fits(ctx, id, prev_id, prev_hash)
     or (redis.call('HGET', ctx.prefix .. before, 'content_hash') or '') == prev_hash)
 end
 
-local function index_of(ctx)
-  local raw = redis.call('HMGET', ctx.meta, 'index', 'embedder', 'vector_field')
-  ctx.store_embedder, ctx.vector_field = raw[2], raw[3] or 'embedding'
-  return raw[1]
-end
-
 -- write: nothing below may raise ----------------------------------------------------------------
+
+-- Generations start at the clock in microseconds, so that a forgotten and re-created owner never repeats
+-- one: no owner is written to a million times a second.
+local function seed(now_ms)
+  return string.format('%.0f', now_ms * 1000)
+end
 
 local function bump(ctx)
   if redis.call('EXISTS', ctx.meta) == 0 then
-    -- seeded by the clock, so that a forgotten and re-created owner never repeats a generation
-    redis.call('HSET', ctx.meta, 'generation', string.format('%.0f', ctx.now_ms))
+    redis.call('HSET', ctx.meta, 'generation', seed(ctx.now_ms))
   end
   redis.call('HSET', ctx.meta, 'last_activity', string.format('%.3f', ctx.now_ms / 1000))
   return redis.call('HINCRBY', ctx.meta, 'generation', 1)
@@ -146,27 +168,25 @@ local function moment(text)
   return number and number > -1e12 and number < 1e12 and string.format('%.6f', number) or nil
 end
 
-local function set_place(ctx, id, before, after, position, speaker)
-  redis.call('HSET', ctx.turns, 'l' .. id, table.concat({ before, after, position, speaker }, '\31'))
+local function set_place(ctx, id, ...)
+  redis.call('HSET', ctx.turns, 'l' .. id, table.concat({ ... }, '\31'))
 end
 
 -- take a turn out of its session
-local function unlink(ctx, id, session, stale)
-  if not session or redis.call('HEXISTS', ctx.turns, 'l' .. id) == 0 then return end
+local function unlink(ctx, id, stale)
+  local before, after, _, _, session = place(ctx, id)
+  if not session then return end
   drop_successor(ctx, id, stale)
-  local before, after = place(ctx, id)
   redis.call('HDEL', ctx.turns, 'l' .. id)
-  if before ~= '' then
-    local first, _, position, speaker = place(ctx, before)
-    set_place(ctx, before, first, after, position, speaker)
+  local first, _, position, speaker = place(ctx, before)
+  if position then
+    set_place(ctx, before, first, after, position, speaker, session)
     if after == '' then redis.call('HSET', ctx.turns, 't' .. session, before .. '\31' .. position) end
   elseif after == '' then
     redis.call('HDEL', ctx.turns, 't' .. session)
   end
-  if after ~= '' then
-    local _, last, position, speaker = place(ctx, after)
-    set_place(ctx, after, before, last, position, speaker)
-  end
+  local _, last, at, who = place(ctx, after)
+  if at then set_place(ctx, after, before, last, at, who, session) end
 end
 
 -- put a turn at the end of its session, or note its speaker where it stands
@@ -175,25 +195,35 @@ local function link(ctx, id, session, speaker)
   local before, after, position = place(ctx, id)
   if not position then
     local tail = redis.call('HGET', ctx.turns, 't' .. session)
-    if tail then
-      before, position = string.match(tail, '^([^\31]*)\31(.*)$')
-      position = string.format('%.0f', position + 1)
+    local tail_id, tail_position = string.match(tail or '', '^([^\31]*)\31(%d+)$')
+    if tail_id then
+      before, position = tail_id, string.format('%.0f', tail_position + 1)
       local first, _, at, who = place(ctx, before)
-      set_place(ctx, before, first, id, at, who)
+      set_place(ctx, before, first, id, at or tail_position, who or '', session)
     else
       redis.call('HSET', ctx.turns, 'pad', string.rep(' ', 65))
       position = string.format('%.0f', redis.call('HINCRBY', ctx.turns, 'n', 1) * SESSION_STEP)
     end
     redis.call('HSET', ctx.turns, 't' .. session, id .. '\31' .. position)
   end
-  set_place(ctx, id, before, after, position, speaker)
+  set_place(ctx, id, before, after, position, speaker, session)
 end
 
--- fields of the old record that a rewrite takes along; the first two even when the vector is dropped
-local KEPT = { 'sources', 'superseded_by', 'embedder', 'embedder_next', 'embedding', 'embedding_next' }
+-- give a turn the place that goes with its session
+local function relink(ctx, record, superseded, stale)
+  local _, _, _, _, session = place(ctx, record.id)
+  local wanted = not superseded and record.values.session_id or nil
+  if session and session ~= wanted then unlink(ctx, record.id, stale) end
+  link(ctx, record.id, wanted, record.speaker)
+end
 
-local function write_record(ctx, record, version, created_at)
-  local key, values, flat = ctx.prefix .. record.id, record.values, {}
+-- what a rewrite removes unless it sets it; other services' own fields stay
+local CONTENT = { 'words', 'day', 'topics', 'entities', 'session_id', 'event_date', 'metadata', 'metadata_tags' }
+local ORIGIN = { 'superseded_by', 'sources' }
+local VECTOR = { 'embedding', 'embedding_next', 'embedder', 'embedder_next' }
+
+local function write_record(ctx, record, version, created_at, removed)
+  local key, values, flat, gone = ctx.prefix .. record.id, record.values, {}, {}
   local function set(name, value)
     flat[#flat + 1] = name
     flat[#flat + 1] = value
@@ -205,29 +235,25 @@ local function write_record(ctx, record, version, created_at)
   set('version', version)
   set('created_at', created_at)
   set('updated_at', string.format('%.6f', ctx.now_ms / 1000))
-  local embedded = false
-  if record.keep then
-    local kept = redis.call('HMGET', key, unpack(KEPT))
-    for i = 1, record.keep do
-      if kept[i] then set(KEPT[i], kept[i]) end
-    end
-    embedded = record.keep == #KEPT and kept[3]
-  end
   if values.embedding and ctx.store_embedder == ctx.embedder
       and fits(ctx, record.id, record.prev_id, record.prev_hash) then
     set(ctx.vector_field, values.embedding)
     set('embedder', ctx.embedder)
-    embedded = true
   end
-  redis.call('DEL', key)
+  for _, names in ipairs(removed) do
+    for _, name in ipairs(names) do
+      if not values[name] then gone[#gone + 1] = name end
+    end
+  end
+  if #gone > 0 then redis.call('HDEL', key, unpack(gone)) end
   redis.call('HSET', key, unpack(flat))
   redis.call('ZADD', ctx.ids, created_at, record.id)
-  return embedded and 1 or 0
+  return redis.call('HEXISTS', key, 'embedder')
 end
 
 local function put_one(ctx, record, stale)
   local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'content_hash', 'superseded_by',
-    'version', 'created_at', 'embedder', 'session_id')
+    'version', 'created_at', 'embedder')
   local there, values = old[1], record.values
   if there and old[2] == values.content_hash and (old[3] or '') == (values.superseded_by or '') then
     return 'UNCHANGED', old[4] or '0', old[6] and 1 or 0
@@ -235,11 +261,8 @@ local function put_one(ctx, record, stale)
   if there and record.kind == 'derived' then return 'TAKEN', old[4] or '0', 0 end
   local version = bump(ctx)
   local created_at = moment(old[5]) or moment(record.created_at) or next_created_at(ctx)
-  if old[7] and (old[7] ~= values.session_id or values.superseded_by) then
-    unlink(ctx, record.id, old[7], stale)
-  end
-  if not values.superseded_by then link(ctx, record.id, values.session_id, record.speaker) end
-  local embedded = write_record(ctx, record, version, created_at)
+  relink(ctx, record, values.superseded_by, stale)
+  local embedded = write_record(ctx, record, version, created_at, there and { CONTENT, ORIGIN, VECTOR } or {})
   drop_successor(ctx, record.id, stale)
   log(ctx, there and 'updated' or 'created', record.id, version)
   return there and 'UPDATED' or 'CREATED', version, embedded
@@ -249,14 +272,16 @@ end
 
 local function open(keys, args)
   local alias, index, meta = keys[1], keys[2], keys[3]
-  local now_ms, embedder, dim, field = tonumber(args[1]), args[2], args[3], args[4]
-  if not (meta and now_ms and field) then return misuse('rm_open alias index meta | …') end
+  local now_ms, embedder, dim, field = whole(args[1], 1, 1e14), args[2], whole(args[3], 1, 65536), args[4]
+  if not (meta and now_ms and dim and args[5]) then return misuse('rm_open alias index meta | …') end
+  local wrong = wrong_type(meta, 'hash')
+  if wrong then return wrong end
   local made = redis.pcall('FT.CREATE', unpack(args, 5))
   if made.err and not string.find(made.err, 'already exists') then return made end
   local named = redis.pcall('FT.ALIASUPDATE', alias, index)
   if named.err then return named end
   if redis.call('HEXISTS', meta, 'generation') == 0 then
-    redis.call('HSET', meta, 'generation', string.format('%.0f', now_ms))
+    redis.call('HSET', meta, 'generation', seed(now_ms))
   end
   redis.call('HSET', meta, 'index', index, 'algorithm', 'FLAT', 'vector_field', field,
     'embedder', embedder, 'dim', dim)
@@ -264,43 +289,42 @@ local function open(keys, args)
 end
 
 local function put(keys, args)
-  local ctx = context_of(keys, args)
-  local records, at = {}, 7
-  for i = 1, tonumber(args[6] or '') or 0 do
+  local ctx, records, ids, at = context_of(keys, args), {}, {}, 7
+  local count = whole(args[6], 0, 500)
+  if not (ctx and count) then return misuse('rm_put meta ids log turns | …') end
+  for i = 1, count do
     records[i], at = parsed(args, at)
     if not records[i] then return misuse('rm_put: a record is cut off') end
-    if bad_vector(records[i], ctx.dim) then return misuse('rm_put: a vector has the wrong length') end
+    ids[i] = records[i].id
   end
-  local wrong = wrong_types(ctx)
-  if wrong then return wrong end
-  if not index_of(ctx) then return { 'NOINDEX' } end
+  local refusal = wrong_types(ctx, ids) or unready(ctx, records)
+  if refusal then return refusal end
 
-  local stale, outcomes = {}, {}
+  local stale, outcomes, waiting = {}, {}, false
   for _, record in ipairs(records) do
-    local outcome, version, embedded = put_one(ctx, record, stale)
+    local outcome, version, embedded = 'WAITING', '0', 0
+    if not waiting then outcome, version, embedded = put_one(ctx, record, stale) end
+    -- later turns of the same session must not overtake this one
+    waiting = waiting or outcome == 'TAKEN'
     for _, item in ipairs({ outcome, record.id, version, embedded }) do outcomes[#outcomes + 1] = item end
   end
   return { 'OK', redis.call('HGET', ctx.meta, 'generation'), stale, outcomes }
 end
 
 local function update(keys, args)
-  local ctx = context_of(keys, args)
-  local record = parsed(args, 7)
-  if not record then return misuse('rm_update: the record is cut off') end
-  local wrong = wrong_types(ctx)
-  if wrong then return wrong end
-  if not index_of(ctx) then return { 'NOINDEX' } end
-  local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'version', 'created_at', 'session_id',
-    'superseded_by')
+  local ctx, record = context_of(keys, args), parsed(args, 7)
+  if not (ctx and record) then return misuse('rm_update meta ids log turns | …') end
+  local refusal = wrong_types(ctx, { record.id }) or unready(ctx, { record })
+  if refusal then return refusal end
+  local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'version', 'created_at', 'superseded_by')
   if not old[1] then return { 'MISSING' } end
   if (old[2] or '0') ~= args[6] then return { 'STALE', old[2] or '0' } end
 
-  local version, stale, session = bump(ctx), {}, record.values.session_id
-  record.keep = record.kind == 'keep' and #KEPT or 2
-  if old[4] and old[4] ~= session then unlink(ctx, record.id, old[4], stale) end
-  if not old[5] then link(ctx, record.id, session, record.speaker) end
-  local embedded = write_record(ctx, record, version, moment(old[3]) or next_created_at(ctx))
-  if record.kind ~= 'keep' then drop_successor(ctx, record.id, stale) end
+  local version, stale, keep = bump(ctx), {}, record.kind == 'keep'
+  relink(ctx, record, old[4], stale)
+  local created_at = moment(old[3]) or next_created_at(ctx)
+  local embedded = write_record(ctx, record, version, created_at, keep and { CONTENT } or { CONTENT, VECTOR })
+  if not keep then drop_successor(ctx, record.id, stale) end
   log(ctx, 'updated', record.id, version)
   return { 'OK', version, embedded, stale }
 end
@@ -308,39 +332,39 @@ end
 local function delete(keys, args)
   local ctx = {
     meta = keys[1], ids = keys[2], log = keys[3], turns = keys[4],
-    prefix = args[1], now_ms = tonumber(args[2]), log_length = args[3],
+    prefix = args[1], now_ms = whole(args[2], 1, 1e14), log_length = args[3],
   }
-  if not (ctx.turns and ctx.now_ms and ctx.log_length) then return misuse('rm_delete meta ids log turns | …') end
-  local wrong = wrong_types(ctx)
+  if not (ctx.turns and ctx.now_ms and whole(ctx.log_length, 1, 2 ^ 53)) then
+    return misuse('rm_delete meta ids log turns | …')
+  end
+  local wrong = wrong_types(ctx, { unpack(args, 4) })
   if wrong then return wrong end
 
   local stale, outcomes = {}, {}
   for i = 4, #args do
-    local key, outcome = ctx.prefix .. args[i], 'MISSING'
-    if redis.call('EXISTS', key) == 1 then
+    local outcome = 'MISSING'
+    unlink(ctx, args[i], stale)
+    if redis.call('DEL', ctx.prefix .. args[i]) == 1 then
       outcome = 'DELETED'
-      unlink(ctx, args[i], redis.call('HGET', key, 'session_id'), stale)
-      redis.call('DEL', key)
-      redis.call('ZREM', ctx.ids, args[i])
       log(ctx, 'deleted', args[i], bump(ctx))
     end
+    redis.call('ZREM', ctx.ids, args[i])
     outcomes[#outcomes + 1] = outcome
   end
   return { 'OK', redis.call('HGET', ctx.meta, 'generation') or '0', stale, outcomes }
 end
 
 local function correct(keys, args)
-  local ctx = context_of(keys, args)
-  local count = tonumber(args[6] or '') or 0
-  local record = parsed(args, 7 + count)
-  if count < 1 or not record then return misuse('rm_correct: the record is cut off') end
-  local wrong = wrong_types(ctx)
-  if wrong then return wrong end
-  if not index_of(ctx) then return { 'NOINDEX' } end
+  local ctx, count = context_of(keys, args), whole(args[6], 1, 500)
+  local record = count and parsed(args, 7 + count)
+  if not (ctx and record) then return misuse('rm_correct meta ids log turns | …') end
+  local olds = { unpack(args, 7, 6 + count) }
+  local refusal = wrong_types(ctx, { record.id, unpack(olds) }) or unready(ctx, { record })
+  if refusal then return refusal end
   local done = 0
-  for i = 7, 6 + count do
-    local old = redis.call('HMGET', ctx.prefix .. args[i], 'text', 'superseded_by')
-    if not old[1] then return { 'MISSING', args[i] } end
+  for _, id in ipairs(olds) do
+    local old = redis.call('HMGET', ctx.prefix .. id, 'text', 'superseded_by')
+    if not old[1] then return { 'MISSING', id } end
     if old[2] == record.id then done = done + 1 end
   end
   local there = redis.call('HMGET', ctx.prefix .. record.id, 'content_hash', 'version', 'embedder', 'text',
@@ -352,16 +376,14 @@ local function correct(keys, args)
   -- an unrelated memory with this id must not be overwritten by a correction of others
   if there[4] and not same then return { 'TAKEN', record.id } end
 
-  local stale, olds = {}, {}
+  local stale = {}
   local outcome, version = put_one(ctx, record, stale)
-  for i = 7, 6 + count do
-    local key = ctx.prefix .. args[i]
-    olds[#olds + 1] = args[i]
-    unlink(ctx, args[i], redis.call('HGET', key, 'session_id'), stale)
+  for _, id in ipairs(olds) do
+    unlink(ctx, id, stale)
     version = bump(ctx)
-    redis.call('HSET', key, 'superseded_by', record.id, 'version', version,
+    redis.call('HSET', ctx.prefix .. id, 'superseded_by', record.id, 'version', version,
       'updated_at', string.format('%.6f', ctx.now_ms / 1000))
-    log(ctx, 'superseded', args[i], version, record.id)
+    log(ctx, 'superseded', id, version, record.id)
   end
   log(ctx, 'corrects', record.id, version, cjson.encode(olds))
   local raw = redis.call('HMGET', ctx.prefix .. record.id, 'version', 'embedder')
@@ -371,15 +393,18 @@ end
 local function embed(keys, args)
   local ctx = {
     meta = keys[1], ids = keys[2], turns = keys[3],
-    prefix = args[1], now_ms = tonumber(args[2]), embedder = args[3], dim = tonumber(args[4]),
+    prefix = args[1], now_ms = whole(args[2], 1, 1e14), embedder = args[3], dim = whole(args[4], 1, 65536),
   }
   if not (ctx.turns and ctx.now_ms and ctx.dim) or (#args - 4) % 5 ~= 0 then
     return misuse('rm_embed meta ids turns | prefix now_ms embedder dim, …')
   end
-  for i = 9, #args, 5 do
-    if #args[i] ~= 2 * ctx.dim then return misuse('rm_embed: a vector has the wrong length') end
+  local ids, records = {}, {}
+  for i = 5, #args, 5 do
+    ids[#ids + 1] = args[i]
+    records[#records + 1] = { values = { embedding = args[i + 4] } }
   end
-  index_of(ctx)
+  local refusal = wrong_types(ctx, ids) or unready(ctx, records)
+  if refusal and refusal.err then return refusal end
 
   local words, written = {}, false
   for i = 5, #args, 5 do
@@ -406,8 +431,12 @@ end
 
 local function forget(keys, args)
   local alias, meta, ids, log_key, turns = keys[1], keys[2], keys[3], keys[4], keys[5]
-  local prefix, limit = args[1], tonumber(args[2] or '')
-  if not (turns and limit and args[3]) then return misuse('rm_forget alias meta ids log turns | prefix limit, indexes') end
+  local prefix, limit = args[1], whole(args[2], 1, 1000)
+  if not (turns and limit and args[3]) then
+    return misuse('rm_forget alias meta ids log turns | prefix limit, indexes')
+  end
+  local wrong = wrong_type(ids, 'zset')
+  if wrong then return wrong end
 
   local victims = redis.call('ZRANGE', ids, 0, limit - 1)
   if #victims == 0 then

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from redismem.codec import vector_bytes
 from redismem.embed import Embedder
-from redismem.errors import RedisMemError, Unavailable
+from redismem.errors import Unavailable
 from redismem.keys import Owner
 from redismem.lualib import Functions
 from redismem.vectors import read_turns, turn_vectors
@@ -107,7 +107,7 @@ class Backfill:
                 logger.warning("embedding %d memories later: %s", len(ids), exc)
                 self.add(owner, ids)
                 await asyncio.sleep(_BACK_OFF_S)
-            except RedisMemError:
+            except Exception:  # the queue must outlive whatever an embedder may raise
                 logger.exception("%d memories stay without a vector until `redismem reembed`", len(ids))
             if not self._queued:
                 self._wake.clear()

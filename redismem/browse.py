@@ -66,8 +66,8 @@ class Browser:
         memories, moments = [], {}
         for raw_id, fields in zip(rows[::2], rows[1::2], strict=True):
             memory = memory_from_raw(fields)
-            if memory is not None and raw_id.decode() not in seen:
-                memory.id = raw_id.decode()
+            if memory is not None and raw_id.decode("utf-8", "replace") not in seen:
+                memory.id = raw_id.decode("utf-8", "replace")
                 moments[memory.id] = _number17(fields[READ_FIELDS.index("created_at")] or b"0")
                 memories.append(memory)
         reply = ListReply(memories=memories[:limit], total=int(total), generation=int(generation))
@@ -108,7 +108,7 @@ class Browser:
         """
         ids = await self._functions.client.execute("ZRANGE", owner.ids, 0, -1)
         for first in range(0, len(ids), _EXPORT_PAGE):
-            part = [raw_id.decode() for raw_id in ids[first : first + _EXPORT_PAGE]]
+            part = [raw_id.decode("utf-8", "replace") for raw_id in ids[first : first + _EXPORT_PAGE]]
             rows = await self._functions.client.pipeline(
                 [("HMGET", owner.memory(memory_id), *READ_FIELDS) for memory_id in part]
             )
@@ -121,16 +121,13 @@ class Browser:
 
 
 def _event(entry: dict[bytes, bytes]) -> HistoryEvent:
-    other = entry[b"other"].decode()
+    event, other = entry[b"event"].decode(), entry[b"other"].decode()
+    others = [other] if other else []
     return HistoryEvent(
         at=datetime.fromtimestamp(int(entry[b"at_ms"]) / 1000, UTC),
-        event=entry[b"event"].decode(),
+        event=event,
         version=int(entry[b"version"]),
-        other=msgspec.json.decode(other, type=list[str])
-        if other.startswith("[")
-        else [other]
-        if other
-        else [],
+        other=msgspec.json.decode(other, type=list[str]) if event == "corrects" else others,
     )
 
 

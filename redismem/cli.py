@@ -26,9 +26,9 @@ import uvicorn
 from redismem.demo import run_demo
 from redismem.doctor import examine
 from redismem.embedded import EmbeddedRedis
-from redismem.errors import InvalidInput, Misconfigured, RedisMemError
+from redismem.errors import InvalidInput, Misconfigured, RedisMemError, RedisUnavailable
 from redismem.keys import Owner
-from redismem.progress import console, findings_table, hits_table, memory_table, steps
+from redismem.progress import console, findings_table, hits_caption, hits_table, memory_table, steps
 from redismem.reembed import Reembedder
 from redismem.service import Service, open_service
 from redismem.settings import Settings
@@ -49,15 +49,7 @@ _NAMED_LINES = 100
 #: seconds that running requests may still take after SIGTERM
 _GRACE_S = 10
 
-#: what the service's processes log, on stderr
-_LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "root": {"handlers": ["stderr"], "level": "WARNING"},
-    "loggers": {"redismem": {"level": "INFO"}},
-}
+_START_REDIS = "Start the server of REDISMEM_REDIS_URL, or unset it to use the embedded one."
 
 
 class _Group(click.Group):
@@ -68,7 +60,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except RedisMemError as exc:
             where = f"{exc.field}: " if isinstance(exc, InvalidInput) and exc.field else ""
-            raise click.ClickException(where + exc.message) from exc
+            remedy = f" {_START_REDIS}" if isinstance(exc, RedisUnavailable) else ""
+            raise click.ClickException(f"{where}{exc.message}{remedy}") from exc
         except OSError as exc:
             if exc.filename is None:
                 raise
@@ -199,7 +192,7 @@ def search(
     if as_json:
         _print_json(reply)
     else:
-        console().print(hits_table(reply))
+        console().print(hits_table(reply), hits_caption(reply))
 
 
 @main.command()
@@ -347,7 +340,7 @@ def reembed(settings: Settings) -> None:
             return total, await mover.run(lambda *_: advance())
 
     users, made = _run(settings, work, any_embedder=True)
-    click.echo(f"{made:,} vectors made for {users:,} users")
+    click.echo(f"vectors made: {made:,}; users: {users:,}")
 
 
 @main.command()
@@ -410,11 +403,24 @@ def _serve(settings: Settings) -> None:
             ws="none",
             access_log=False,
             proxy_headers=False,
-            log_config=_LOGGING,
+            log_config=_logging(settings),
             timeout_graceful_shutdown=_GRACE_S,
         )
     except SystemExit as exc:  # uvicorn has logged why
         raise click.exceptions.Exit(1) from exc
+
+
+def _logging(settings: Settings) -> dict[str, Any]:
+    """Return what the service's processes log, on stderr; of several workers also their ends and starts."""
+    levels = {"redismem": "INFO", "uvicorn.error": "INFO" if settings.workers > 1 else "WARNING"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+        "root": {"handlers": ["stderr"], "level": "WARNING"},
+        "loggers": {name: {"level": level} for name, level in levels.items()},
+    }
 
 
 @contextmanager

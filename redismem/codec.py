@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b32encode
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -117,7 +118,7 @@ def memory_values(raw: Sequence[bytes | None]) -> dict[str, Any]:
         "confidence": _number(confidence, 1.0),
         "pinned": pinned in (b"1", b"True", b"true"),
         "metadata": _json_object(metadata),
-        "version": int(_number(version, 0)),
+        "version": int(version) if version and version.isdigit() else 0,
         "embedded": bool(embedder),
         "superseded_by": _decoded(superseded_by) or None,
         "sources": unpacked_tags(_decoded(sources)),
@@ -130,9 +131,10 @@ def _decoded(raw: bytes | None) -> str:
 
 def _number(raw: bytes | None, default: float) -> float:
     try:
-        return float(raw) if raw else default
+        number = float(raw) if raw else default
     except ValueError:
         return default
+    return number if math.isfinite(number) else default
 
 
 def _moment(raw: bytes | None) -> datetime | None:

@@ -364,8 +364,8 @@ def _print_ways(out: Console, settings: Settings, running: str | None, data_dir:
     lines += [
         f"  curl -s {base}/v1/users/{user}/search {head} -d {shlex.quote(body)}",
         f"  {_redis_cli(url)} FT.SEARCH {shlex.quote(Owner(user, namespace).index)} allergic RETURN 1 text",
-        f"  open {base}/docs",
     ]
+    lines.append(f"Every route: {base}/docs")
     out.print()
     for line in lines:
         out.print(line, soft_wrap=True, markup=False)

@@ -40,6 +40,9 @@ _NO_SERVICE = "no redismem was ever opened on this Redis: start `redismem serve`
 #: length of the history as far as this module cares: the service trims it with its next write
 _LOG_LENGTH = 2**53
 
+#: embedder and dimension for a write that brings no vector
+_NO_EMBEDDER = ("", 1)
+
 _TAG_QUERIES = {
     Operators.EQ: "@{}:{{{}}}",
     Operators.IN: "@{}:{{{}}}",
@@ -204,7 +207,8 @@ class MemoryModel(redis_om.HashModel, ABC):
             same = before[1:] == (self.text, self.session_id)  # then the vector still fits
             function, kind, argument = "rm_update_v1", "keep" if same else "given", before[0]
         record = record_arguments(pk, kind, fields, created_at=created)
-        outcome = _text((await self._call(function, "", 0, _LOG_LENGTH, argument, *record))[0])
+        reply = await self._call(function, *_NO_EMBEDDER, _LOG_LENGTH, argument, *record)
+        outcome = _text(reply[0])
         if outcome == "STALE":
             raise VersionMismatch(f"memory {pk!r} changed since it was read; read it again")
         if outcome == "MISSING":

@@ -56,22 +56,25 @@ def steps(description: str, total: int | None) -> Iterator[Advance]:
         yield advance
 
 
-def table(*headers: str, caption: str = "") -> Table:
+def table(*headers: str) -> Table:
     """Return an empty table that reads well with and without colours."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption or None, caption_justify="left")
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
         made.add_column(header, overflow="fold")
     return made
 
 
+def hits_caption(reply: SearchReply) -> str:
+    """Return how many memories a search found, in how long."""
+    timing = reply.timing
+    shown = f"{len(reply.memories)} of {reply.total:,} memories in {timing.total:.1f} ms"
+    shown += f" (embedding {timing.embed:.1f}, search {timing.search:.1f})"
+    return f"{shown}; {reply.reason}" if reply.partial else shown
+
+
 def hits_table(reply: SearchReply) -> Table:
     """Return the memories that a search found, with their scores."""
-    timing = reply.timing
-    caption = f"{len(reply.memories)} of {reply.total:,} memories in {timing.total:.1f} ms"
-    caption += f" (embedding {timing.embed:.1f}, search {timing.search:.1f})"
-    made = table(
-        "score", "memory", "when", "id", caption=f"{caption}; {reply.reason}" if reply.partial else caption
-    )
+    made = table("score", "memory", "when", "id")
     for hit in reply.memories:
         text = Text(hit.text)
         if hit.explain is not None:

@@ -28,9 +28,14 @@ def words_query(words: Sequence[str], filter_: str) -> str:
     of RediSearch 2.10.5 lose words they skipped past, and with them BM25 scores (evidence recall@10
     on one conversation 0.52 instead of 0.60; decision D6).
     """
+    terms = [_KEYWORDS.get(word, word) for word in words]
     if filter_ == "*":
-        return f"({'|'.join(words)})" if words else ""
-    return "|".join(f"({word} {filter_})" for word in words)
+        return f"({'|'.join(terms)})" if terms else ""
+    return "|".join(f"({term} {filter_})" for term in terms)
+
+
+#: words that the query language takes for its own, written as exact patterns
+_KEYWORDS = {"ismissing": "w'ismissing'"}
 
 
 def escaped_tag(value: str) -> str:
@@ -61,7 +66,7 @@ def metadata_tags(metadata: Mapping[str, Any]) -> list[str]:
 
 def metadata_tag(key: str, value: Any) -> str:
     """Return the tag `key=value`; long ones by digest, because TAG values are bounded."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         value = int(value)  # JSON writers differ on 1 and 1.0
     shown = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     kind = "'" if isinstance(value, str) else ""

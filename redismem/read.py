@@ -187,7 +187,7 @@ def _fall_back(queries: Sequence[_Query], reason: str) -> None:
 
 def _hit(raw_id: bytes, score: bytes, parts: list[bytes | None] | None, fields: list[bytes | None]) -> Hit:
     hit = Hit(**memory_values(fields), score=float(score))
-    hit.id = raw_id.decode()
+    hit.id = raw_id.decode("utf-8", "replace")
     if parts is not None:
         numbers = [None if part is None else float(part) for part in parts]
         hit.explain = ScoreParts(**dict(zip(ScoreParts.__struct_fields__, numbers, strict=True)))  # type: ignore[arg-type]  # the order of lua/read.lua

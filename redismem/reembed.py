@@ -51,29 +51,45 @@ class Reembedder:
         raw = await self._client.execute("HMGET", owner.meta, "index", "embedder", "vector_field")
         if raw[0] is None:
             return 0
+        await self._adopt(owner)
         made = 0
         if raw[1].decode() != self._embedder.name:
-            old_field = raw[2].decode()
-            made = await self._switch(owner, old_field)
+            made = await self._switch(owner, raw[2].decode())
         await self._settle(owner)
         return made + await self._fill(owner)
+
+    async def _adopt(self, owner: Owner) -> None:
+        """List what other services wrote: everything below walks the list of ids."""
+        offset, found = 0, _WALK
+        while found == _WALK:
+            _, found, _ = await self._functions.call(
+                "rm_adopt_v1", [owner.index, owner.ids], owner.memory_prefix, offset, _WALK
+            )
+            offset += found
 
     async def _switch(self, owner: Owner, old_field: str) -> int:
         field = next(name for name in VECTOR_FIELDS if name != old_field)
         name, dim = self._embedder.name, self._embedder.dim
         index = owner.physical_index(field)
-        resumed = await self._client.execute("HGET", owner.meta, "next_embedder") == name.encode()
-        if not resumed:
-            await self._drop(index)
-            await self._client.execute("FT.CREATE", *index_schema(owner, field, dim))
-            await self._client.execute("HSET", owner.meta, "next_embedder", name)
-        made = position = 0
-        while ids := await self._slice(owner, position, SLICE):
-            staged = await self._client.pipeline([("HGET", owner.memory(i), "embedder_next") for i in ids])
-            todo = [i for i, raw in zip(ids, staged, strict=True) if not resumed or raw != name.encode()]
-            made += await self._stage(owner, field, todo)
-            position += SLICE
-        await self._functions.call("rm_switch_v1", [owner.index, index, owner.meta], *(name, dim, field))
+        begun = await self._functions.call(
+            "rm_begin_v1", [index, owner.meta], name, 0, *index_schema(owner, field, dim)
+        )
+        if begun == b"GONE":
+            return 0
+        made = 0
+        # a memory that this run has not staged is in the new index only if an earlier run staged it
+        fresh = begun == b"STARTED"
+        seen: set[str] = set()
+        while todo := [i for i in await self._ids(owner) if i not in seen]:
+            seen.update(todo)
+            for first in range(0, len(todo), SLICE):
+                part = todo[first : first + SLICE]
+                staged = await self._client.pipeline(
+                    [("HGET", owner.memory(i), "embedder_next") for i in part]
+                )
+                missing = [i for i, raw in zip(part, staged, strict=True) if fresh or raw != name.encode()]
+                made += await self._stage(owner, field, missing)
+        await self._functions.call("rm_switch_v1", [owner.index, index, owner.meta], name, dim, field)
         return made
 
     async def _stage(self, owner: Owner, field: str, ids: list[str]) -> int:
@@ -106,16 +122,13 @@ class Reembedder:
             return
         field = raw[0].decode()
         old_field = next(name for name in VECTOR_FIELDS if name != field)
-        position = 0
-        while True:
-            seen = await self._functions.call(
+        ids = await self._ids(owner)
+        for first in range(0, len(ids), _WALK):
+            await self._functions.call(
                 "rm_settle_v1",
-                [owner.ids],
-                *(owner.memory_prefix, position, _WALK, field, old_field, self._embedder.name),
+                [owner.meta],
+                *(owner.memory_prefix, field, old_field, self._embedder.name, *ids[first : first + _WALK]),
             )
-            position += _WALK
-            if seen < _WALK:
-                break
         await self._drop(owner.physical_index(old_field))
         await self._client.execute("HDEL", owner.meta, "next_embedder")
 
@@ -133,9 +146,8 @@ class Reembedder:
             made += len(ids) - len(await self._backfill.embed_now(owner, ids))
             before = total
 
-    async def _slice(self, owner: Owner, first: int, count: int) -> list[str]:
-        raw = await self._client.execute("ZRANGE", owner.ids, first, first + count - 1)
-        return [item.decode() for item in raw]
+    async def _ids(self, owner: Owner) -> list[str]:
+        return await all_ids(self._client, owner)
 
     async def _drop(self, index: str) -> None:
         try:
@@ -145,14 +157,19 @@ class Reembedder:
                 raise
 
 
-async def rebuild_index(functions: Functions, owner: Owner) -> int:
-    """Index an owner's memories again after their index was lost; return how many were seen.
+async def all_ids(client: Client, owner: Owner) -> list[str]:
+    """Return every id of an owner, oldest first. Cost: one round trip, 0.1 ms per 1,000."""
+    return [raw.decode("utf-8", "replace") for raw in await client.execute("ZRANGE", owner.ids, 0, -1)]
 
+
+async def rebuild_index(functions: Functions, owner: Owner) -> int:
+    """Index an owner's memories again after their index was lost; return how many there are.
+
+    Memories that another service wrote and `redismem reembed` has not seen are not among them.
     Cost: 77,000 memories a second, in slices of 500 that hold Redis for under 9 ms.
     """
-    position = 0
-    while True:
-        seen: int = await functions.call("rm_reindex_v1", [owner.ids], owner.memory_prefix, position, _WALK)
-        position += seen
-        if seen < _WALK:
-            return position
+    ids, count = await all_ids(functions.client, owner), 0
+    for first in range(0, len(ids), _WALK):
+        part = ids[first : first + _WALK]
+        count += await functions.call("rm_reindex_v1", [owner.ids], owner.memory_prefix, *part)
+    return count

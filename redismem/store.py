@@ -49,7 +49,7 @@ def server_problem(facts: ServerFacts) -> str | None:
     """Return why this server cannot hold a store, with the remedy; None when it can."""
     shown = ".".join(map(str, facts.version))
     if facts.version < MIN_REDIS:
-        return f"Redis {shown} is too old: use 7.1 or newer with the search module (8.2.6 or newer in production)."
+        return f"Redis {shown} is too old: use 8.2.6 or newer (7.1 at least) with the search module."
     if facts.search is None:
         return (
             "this Redis has no search module: use Redis 8, Redis Stack 7.4, "
@@ -58,7 +58,7 @@ def server_problem(facts: ServerFacts) -> str | None:
     if facts.search < MIN_SEARCH:
         return f"the search module {facts.search} is too old: use 2.10 or newer (Redis Stack 7.4, Redis 8)."
     if facts.cluster:
-        return "this Redis runs in cluster mode, which this version of redismem does not speak yet: use one node."
+        return "this Redis runs in cluster mode, which redismem does not speak yet: use one node."
     return None
 
 
@@ -89,9 +89,9 @@ async def claim(client: Client, embedder: Embedder) -> None:
         )
     if (name.decode(), int(dim)) != (embedder.name, embedder.dim):
         raise EmbedderMismatch(
-            f"The store's vectors are of embedder {name.decode()} ({int(dim)} dimensions), this process uses "
-            f"{embedder.name} ({embedder.dim}). Start with the old embedder, or move the store to the new one "
-            "with `redismem reembed`; services with the old embedder may go on serving meanwhile.",
+            f"The store's vectors are of embedder {name.decode()} ({int(dim)} dimensions), this process "
+            f"uses {embedder.name} ({embedder.dim}). Start with the old embedder, or move the store to the "
+            "new one with `redismem reembed`; services with the old embedder may go on serving meanwhile.",
             field="embedder",
         )
 

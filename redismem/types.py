@@ -221,6 +221,10 @@ def _checked_bounds(bounds: NumberRange | TimeRange) -> None:
     given = [name for name in ("gt", "gte", "lt", "lte") if getattr(bounds, name) is not None]
     if not given:
         raise ValueError("a range needs at least one of `gt`, `gte`, `lt`, `lte`")
+    for name in given:
+        value = getattr(bounds, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number")
     if {"gt", "gte"} <= set(given) or {"lt", "lte"} <= set(given):
         raise ValueError("give `gt` or `gte`, `lt` or `lte`, not both")
 
@@ -248,13 +252,22 @@ class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=Tr
     pinned: bool | None = None
     superseded: Literal["exclude", "include", "only"] = "exclude"
 
+    def __post_init__(self) -> None:
+        for name in ("topics", "entities", "session_id"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, checked_name(value, name))
+            elif isinstance(value, list):
+                setattr(self, name, _checked_names(value, name))
+
 
 class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to look for. Give `text`, or a `vector` of the store's dimension for semantic search.
 
-    `max_ms` bounds the search (in a batch the smallest one); what it cut off is told by `partial`. `min_similarity` is a bound on
-    the cosine: it drops hits whose vector is farther. `query_type` chooses the search width of an
-    approximate index; exact indexes ignore it. Reads go to the primary, so every `consistency` is met.
+    `max_ms` bounds the search (in a batch the smallest one); what it cut off is told by `partial`.
+    `min_similarity` is a bound on the cosine: it drops hits whose vector is farther. `query_type` chooses
+    the search width of an approximate index; exact indexes ignore it. Reads go to the primary, so every
+    `consistency` is met.
     """
 
     text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_BYTES)] | None = None

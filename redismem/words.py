@@ -13,24 +13,22 @@ MAX_QUERY_WORDS = 64
 STOP_WORDS = frozenset(
     """a about after again all also am an and any are as at be because been before being but by can could
     d did do does doing don down during each few for from further had has have having he her here hers him
-    his how i if in into is it its itself just ll m me more most my no nor not now of off on once only or other
-    our out over own re s same she should so some such t than that the their them then there these they this
+    his how i if in into is it its itself just ll m me more most my no nor not now of off on once only or
+    other our out over own re s same she should so some such t than that the their them then there these they this
     those through to too under until up ve very was we were what when where which while who whom why will
     with would you your""".split()
 )
 
-_MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
+_MONTHS = "January February March April May June July August September October November December".split()
 _WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 _WORD = re.compile(r"\w+")
 # up to three words, the first a capitalised one, a colon and a space
-_SPEAKER = re.compile(r"\s*((?=[^\W\d_])(?![a-z])[\w.'’-]{1,40}(?: [\w.'’-]{1,40}){0,2}):\s")
-# what RediSearch 2.10 splits words on; it lowercases ASCII only and reads a backslash as an escape
-_REDISEARCH_SEPARATORS = re.compile(r"""[\s,.<>{}\[\]"':;!@#$%^&*()\-+=~|/?`]+""", re.ASCII)
+_SPEAKER = re.compile("\\s*((?=[^\\W\\d_])(?![a-z])[\\w.'\u2019-]{1,40}(?: [\\w.'\u2019-]{1,40}){0,2}):\\s")
+# what RediSearch 2.10 splits words on (no line ends); it lowercases ASCII only and a backslash escapes
+_REDISEARCH_SEPARATORS = re.compile(r"""[ \t,.<>{}\[\]"':;!@#$%^&*()\-+=~|/?`]+""")
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
-_NOT_PLAIN = re.compile(r"[^\x00-\x7f]|\\")
+_NOT_PLAIN = re.compile(r"[^\t\x20-\x7e]|\\")
 
 
 def text_words(text: str) -> list[str]:
@@ -47,7 +45,7 @@ def text_words(text: str) -> list[str]:
     if not folded.isascii():
         words.extend(char for char in folded if unicodedata.category(char) == "So")
         words.extend(_without_accents(word) for word in words.copy() if not word.isascii())
-    return [word for word in words if word]
+    return [word for word in words if word.strip("_")]  # RediSearch takes a lone _ for every memory
 
 
 def _without_accents(word: str) -> str:
@@ -58,8 +56,9 @@ def _without_accents(word: str) -> str:
 def extra_words(text: str) -> str:
     """Return the words of `text` that RediSearch's own tokenizer would not find in it.
 
-    It lowercases ASCII only, splits on ASCII punctuation only and reads backslashes as escapes
-    (RediSearch 2.10.5): curly quotes, capitals with accents, CJK and Windows paths would be lost.
+    It lowercases ASCII only, splits on blanks and ASCII punctuation only and reads backslashes as
+    escapes (RediSearch 2.10.5): words at line ends or in curly quotes, capitals with accents, CJK and
+    Windows paths would be lost.
     """
     if not _NOT_PLAIN.search(text):
         return ""

@@ -185,18 +185,19 @@ class Writer:
 
     async def _put_slice(self, owner: Owner, records: list[_Record], items: list[PutItem | None]) -> int:
         generation, unembedded = 0, []
-        for _ in range(_MAX_ID_ATTEMPTS):
+        for _ in range(_MAX_ID_ATTEMPTS * len(records)):
             arguments = [argument for record in records for argument in record.arguments()]
             reply = await self._write(owner, "rm_put_v1", len(records), *arguments)
             generation = int(reply[1])
             unembedded += [raw_id.decode() for raw_id in reply[2]]
-            taken = []
+            left = []
             for i, record in enumerate(records):
                 outcome, raw_id, version, embedded = reply[3][4 * i : 4 * i + 4]
                 if outcome == b"TAKEN":
                     record.attempt += 1
                     record.id = derived_id(str(record.fields["content_hash"]), record.attempt)
-                    taken.append(record)
+                if outcome in (b"TAKEN", b"WAITING"):
+                    left.append(record)
                     continue
                 if not embedded:
                     unembedded.append(raw_id.decode())
@@ -206,7 +207,7 @@ class Writer:
                     version=int(version),
                     embedded=bool(embedded),
                 )
-            records = taken
+            records = left
             if not records:
                 break
         else:

@@ -59,19 +59,15 @@ async def open_store(settings: Settings) -> AsyncIterator[Service]:
 async def service(open_store: Service) -> AsyncIterator[Service]:
     """A service on an empty store; afterwards every key must belong to the schema."""
     yield open_store
-    assert await open_store.backfill.drained(10)
-    await audit(open_store.client)
-    await open_store.client.execute("FLUSHALL")
-    await open_store.client.execute(
-        "HSET",
-        "redismem:store",
-        "schema",
-        1,
-        "embedder",
-        open_store.embedder.name,
-        "dim",
-        open_store.embedder.dim,
-    )
+    try:
+        assert await open_store.backfill.drained(10)
+        await audit(open_store.client)
+    finally:
+        embedder = open_store.embedder
+        await open_store.client.execute("FLUSHALL")
+        await open_store.client.execute(
+            "HSET", "redismem:store", "schema", 1, "embedder", embedder.name, "dim", embedder.dim
+        )
 
 
 @pytest.fixture
@@ -90,7 +86,7 @@ async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
 async def audit(client: Client) -> None:
     """Check that every key matches the schema, and has a TTL unless it is permanent."""
     for key in await client.execute("KEYS", "*"):
-        name = key.decode()
+        name = key.decode(errors="replace")
         rule = next((rule for rule in SCHEMA if re.fullmatch(rule, name, re.DOTALL)), None)
         assert rule is not None, f"{name} is not in the schema"
         assert SCHEMA[rule] or await client.execute("PTTL", key) >= 0, f"{name} never expires"

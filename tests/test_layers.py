@@ -31,6 +31,7 @@ RANKS = {
     "om": 8,
     "http": 8,
     "doctor": 8,
+    "progress": 1,
     "demo": 9,
     "cli": 10,
     "__main__": 11,

@@ -16,9 +16,6 @@ Schema = dict[str, Any]
 _HOST = "http://127.0.0.1:8000"
 _SAMPLES = {"user": "alice", "id": "wedding"}
 
-#: longer patterns are left to the document; their `description` says the same in words
-_READABLE_PATTERN = 40
-
 _PAGE = Template("""\
 <!doctype html>
 <html lang="en">
@@ -62,7 +59,7 @@ nav a:hover{text-decoration:underline}
 main{padding:1.5rem clamp(1rem,4vw,3rem) 4rem;max-width:62rem}
 h1{font-size:1.9rem;line-height:1.2;margin:.2rem 0 1rem}h1 small{color:var(--dim);font-weight:400}
 h2{font-size:1.25rem;margin:2.2rem 0 .7rem}main h2{text-transform:capitalize}
-h3{font-size:.95rem;margin:1.3rem 0 .4rem}
+h3{font-size:.95rem;margin:1.3rem 0 .4rem}h4{font-size:.95rem;margin:.8rem 0 .2rem}
 p{margin:.5rem 0}
 code,pre{font:.875em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 code{overflow-wrap:anywhere}
@@ -143,7 +140,7 @@ def _operation(document: Schema, method: str, path: str, operation: Schema) -> s
         refs = [name for item in content["schema"].get("anyOf", [content["schema"]]) if (name := _name(item))]
         for name in refs:
             schema = document["components"]["schemas"][name]
-            parts.append(f"<p>{_type({'$ref': name})}</p>{_properties(schema)}")
+            parts.append(f"<h4>{_type({'$ref': name})}</h4>{_described(schema)}")
     parts.append("<h3>Replies</h3>" + _replies(document, operation["responses"]))
     parts.append(f"<h3>Example</h3><pre><code>{escape(_curl(method, path, operation))}</code></pre>")
     return (
@@ -154,16 +151,15 @@ def _operation(document: Schema, method: str, path: str, operation: Schema) -> s
 
 
 def _named_schema(name: str, schema: Schema) -> str:
-    inner = _prose(schema.get("description", "")) + _properties(schema)
     return (
         f"<details><summary><code>{escape(name)}</code></summary>"
-        f'<div class="in" id="schema-{escape(name)}">{inner}</div></details>'
+        f'<div class="in" id="schema-{escape(name)}">{_described(schema)}</div></details>'
     )
 
 
-def _properties(schema: Schema) -> str:
+def _described(schema: Schema) -> str:
     required = schema.get("required", ())
-    return _table(
+    return _prose(schema.get("description", "")) + _table(
         (name, item, name in required, item.get("description", ""))
         for name, item in schema.get("properties", {}).items()
     )
@@ -231,7 +227,7 @@ def _limits(schema: Schema) -> Iterator[str]:
         yield f"{schema['minimum']:,} to {schema['maximum']:,}"
     elif ranges := [f"{sign} {schema[key]:,}" for key, sign in bounds if key in schema]:
         yield " and ".join(ranges)
-    if "pattern" in schema and len(schema["pattern"]) <= _READABLE_PATTERN:
+    if "pattern" in schema and r"\u" not in schema["pattern"]:  # the others are described in words
         yield f"matches `{schema['pattern']}`"
     if "description" in schema and "pattern" in schema:
         yield schema["description"]

@@ -89,7 +89,15 @@ _RULES: dict[str, Schema] = {
                 "properties": {"vector": {"type": "array"}, "search_mode": {"const": "semantic"}},
             },
         ],
-        "allOf": [{"anyOf": [_at_most(recency_weight=0.5, importance_weight=0.5), *_ONE_WEIGHT]}],
+        "allOf": [
+            {"anyOf": [_at_most(recency_weight=0.5, importance_weight=0.5), *_ONE_WEIGHT]},
+            {
+                "not": {
+                    "required": ["search_mode", "min_similarity"],
+                    "properties": {"search_mode": {"const": "keyword"}, "min_similarity": {"type": "number"}},
+                }
+            },
+        ],
     },
     "SearchRequest.vector": {"contains": {"anyOf": [{"minimum": 1e-6}, {"maximum": -1e-6}]}},
     # one item that is right is enough: the others are refused by themselves

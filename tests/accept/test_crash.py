@@ -162,7 +162,10 @@ def has_connection(running: Running) -> bool:
 async def test_two_processes_are_one_service(start: Start, wait: str) -> None:
     one, other = await start(embed_s=0.01), await start(embed_s=0.01)
     for i in range(20):
-        (here, there), path = ((one.http, other.http) if i % 2 else (other.http, one.http)), memory_path(f"m{i}")
+        (here, there), path = (
+            ((one.http, other.http) if i % 2 else (other.http, one.http)),
+            memory_path(f"m{i}"),
+        )
         body = {"id": f"m{i}", "text": f"zebra number{i}"}
         assert (await here.post(f"{USER}/memories?wait={wait}", json=body)).status_code in (201, 202)
         assert (await there.get(path)).status_code == 200

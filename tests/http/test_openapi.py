@@ -67,6 +67,8 @@ SEARCHES = [
     ({"vector": [1, 0], "text": None, "search_mode": "keyword"}, False),
     ({"vector": [0, 0], "search_mode": "semantic"}, False),
     ({"text": None}, False),
+    ({"text": "a", "search_mode": "keyword", "min_similarity": None}, True),
+    ({"text": "a", "search_mode": "keyword", "min_similarity": 0.5}, False),
     ({}, False),
     ({"text": "a", "recency_weight": 0.5, "importance_weight": 0.5}, True),
     ({"text": "a", "recency_weight": 1}, True),
