@@ -220,17 +220,17 @@ def delete(settings: Settings, user: str, memory_id: str) -> None:
 
 
 @main.command("import")
-@click.argument("file", type=click.File("rb"))
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @_user_option
 @_settled
-def import_(settings: Settings, user: str, file: IO[bytes]) -> None:
+def import_(settings: Settings, user: str, file: str) -> None:
     """Store the memories of FILE (`-`: stdin), a JSON object a line, such as an export."""
+    size = None if file == "-" else Path(file).stat().st_size
 
     async def work(service: Service) -> dict[str, int]:
         lines = _Lines(service.writer, service.owner(user))
-        size = os.fstat(file.fileno()).st_size if file.name != "<stdin>" else None
-        with steps("importing", size) as advance:
-            for line in file:
+        with click.open_file(file, "rb") as source, steps("importing", size) as advance:
+            for line in source:
                 advance(len(line))
                 await lines.take(line)
             await lines.store()

@@ -136,10 +136,15 @@ class Reembedder:
         """Give a vector to every memory without one, those of other services included."""
         made, before = 0, -1
         while True:
-            total, *keys = await self._client.execute(
-                *("FT.SEARCH", owner.index, "ismissing(@embedding)", "NOCONTENT"),
-                *("LIMIT", 0, _FILL, "DIALECT", 2),
-            )
+            try:
+                total, *keys = await self._client.execute(
+                    *("FT.SEARCH", owner.index, "ismissing(@embedding)", "NOCONTENT"),
+                    *("LIMIT", 0, _FILL, "DIALECT", 2),
+                )
+            except StoreError as exc:
+                if is_missing_index(exc):  # the user was forgotten meanwhile
+                    return made
+                raise
             if not keys or total == before:  # the rest changes too fast, or has no text
                 return made
             ids = [key.decode().removeprefix(owner.memory_prefix) for key in keys]
@@ -153,8 +158,14 @@ class Reembedder:
         try:
             await self._client.execute("FT.DROPINDEX", index)
         except StoreError as exc:
-            if "index" not in str(exc).lower():
+            if not is_missing_index(exc):
                 raise
+
+
+def is_missing_index(error: StoreError) -> bool:
+    """Return whether RediSearch does not know the index it was asked for; 2.10 and 8.x word it differently."""
+    text = error.message.lower()
+    return any(words in text for words in ("no such index", "unknown index", "index not found"))
 
 
 async def all_ids(client: Client, owner: Owner) -> list[str]:

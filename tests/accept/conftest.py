@@ -65,14 +65,14 @@ async def start(data_dir: Path, tmp_path: Path) -> AsyncIterator[Start]:
     """Start a service on the test's data directory and wait until it is ready."""
     started: list[Running] = []
 
-    async def one(embed_s: float = 0.0) -> Running:
+    async def one(embed_s: float = 0.0, redis_s: float = 0.0) -> Running:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("REDISMEM_")}
         environ |= {"REDISMEM_DATA_DIR": str(data_dir), "REDISMEM_TESTING": "1"}
         environ |= {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_REDIS_TIMEOUT_S": "2"}
         environ |= {"PYTHONPATH": str(ROOT)}
         with (tmp_path / f"service{len(started)}.log").open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, str(CHILD), str(embed_s)],
+                [sys.executable, str(CHILD), str(embed_s), str(redis_s)],
                 env=environ,
                 stdout=subprocess.PIPE,
                 stderr=log,

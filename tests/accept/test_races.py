@@ -30,9 +30,11 @@ from tests.conftest import until
 pytestmark = pytest.mark.accept
 
 ROUNDS = 5
-ROUND_S = 1.6
-CLIENTS = 12
+ROUND_S = 1.8
+CLIENTS = 32
 HOT_HZ = 20
+EMBED_S = 0.004
+REDIS_S = 0.01
 IDS = [f"m{i}" for i in range(8)]
 SESSIONS = [None, "s1", "s2"]
 WORDS = "amber basil cedar delta ember fern".split()
@@ -237,7 +239,7 @@ async def check_stored(redis: Client, owner: Owner) -> set[str]:
 
 
 async def test_no_order_of_writes_brings_a_deleted_memory_back(start: Start, redis: Client) -> None:
-    processes = await asyncio.gather(start(embed_s=0.004), start(embed_s=0.004))
+    processes = await asyncio.gather(*(start(embed_s=EMBED_S, redis_s=REDIS_S) for _ in range(2)))
     owner, run, rng = Owner("alice"), Run([process.http for process in processes]), random.Random(0)
     for number in range(ROUNDS):
         end = time.perf_counter() + ROUND_S

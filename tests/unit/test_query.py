@@ -165,6 +165,7 @@ def test_a_query_holds_only_words_and_our_own_operators(text: str) -> None:
         query = words_query(words, filter_)
         assert bool(query) == bool(words)
         bare = query.replace(filter_, "") if filter_ != "*" else query
+        bare = bare.replace("w'ismissing'", "ismissing")  # a keyword of the language, as a pattern
         assert not set(bare) & (set(string.punctuation + string.whitespace) - set("_|() "))
 
 
