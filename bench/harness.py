@@ -87,7 +87,7 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 class Connection:
-    """A keep-alive HTTP/1.1 connection that costs 0.1 ms a request; a full client costs as much as a search."""
+    """A keep-alive HTTP/1.1 connection; a full client costs as much as what it measures."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)

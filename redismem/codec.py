@@ -32,8 +32,11 @@ def memory_fields(memory: MemoryInput, now_s: float) -> dict[str, str | bytes]:
     """Return the hash fields of a memory, without vector, version and timestamps.
 
     Raises:
-        ValueError: the metadata is larger than 16 KiB, or the event lies outside years 1-9999.
+        ValueError: the metadata is larger than 16 KiB.
     """
+    metadata = msgspec.json.encode(memory.metadata)
+    if len(metadata) > MAX_METADATA_BYTES:
+        raise ValueError(f"`metadata` is longer than {MAX_METADATA_BYTES} bytes")
     fields: dict[str, str | bytes] = {
         "text": memory.text,
         "memory_type": memory.memory_type,
@@ -55,9 +58,7 @@ def memory_fields(memory: MemoryInput, now_s: float) -> dict[str, str | bytes]:
         fields["event_date"] = format(epoch(memory.event_date), ".6f")
         fields["day"] = day_words(memory.event_date)
     if memory.metadata:
-        fields["metadata"] = msgspec.json.encode(memory.metadata)
-        if len(fields["metadata"]) > MAX_METADATA_BYTES:
-            raise ValueError(f"`metadata` is longer than {MAX_METADATA_BYTES} bytes")
+        fields["metadata"] = metadata
         if tags := metadata_tags(memory.metadata):
             fields["metadata_tags"] = packed_tags(tags)
     return fields

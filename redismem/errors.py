@@ -43,6 +43,13 @@ class InvalidInput(RedisMemError):
     status = 422
     code = "invalid"
 
+    @classmethod
+    def from_value(cls, exc: ValueError, where: str = "") -> InvalidInput:
+        """Return the error of a check in `types` or `codec`, whose message opens with the field's name."""
+        message = str(exc)
+        name = message.split("`")[1] if message.startswith("`") else ""
+        return cls(message, field=".".join(part for part in (where, name) if part) or None)
+
 
 class MalformedBody(InvalidInput):
     """The body cannot be parsed: send valid JSON."""

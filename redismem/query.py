@@ -96,7 +96,7 @@ def filter_query(filters: Filters) -> str:
         if bounds is not None:
             parts.append(_range(name, bounds))
     for key, value in (filters.metadata or {}).items():
-        parts.append(_any_of("metadata_tags", [metadata_tag(key, value)]))
+        parts.append(_any_of("metadata_tags", [_packed(metadata_tag(key, value))]))
     if filters.pinned is not None:
         parts.append(_any_of("pinned", ["1" if filters.pinned else "0"]))
     return " ".join(parts) or "*"

@@ -163,7 +163,7 @@ class Reembedder:
 
 
 def is_missing_index(error: StoreError) -> bool:
-    """Return whether RediSearch does not know the index it was asked for; 2.10 and 8.x word it differently."""
+    """Return whether RediSearch does not know the index; 2.10 and 8.x word it differently."""
     text = error.message.lower()
     return any(words in text for words in ("no such index", "unknown index", "index not found"))
 

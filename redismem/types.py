@@ -8,13 +8,14 @@ constraint written here is checked, documented and tested at once. A wrong value
 from __future__ import annotations
 
 import math
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 MAX_TEXT_BYTES = 32 * 1024
 MAX_METADATA_BYTES = 16 * 1024
+MAX_METADATA_LEVELS = 32
 MAX_BATCH_MEMORIES = 500
 MAX_BATCH_QUERIES = 50
 
@@ -62,6 +63,31 @@ def checked_text(value: str, what: str = "text") -> str:
     return value
 
 
+def checked_moment(value: datetime, what: str) -> None:
+    """Check that a time has a year from 1 to 9999 in UTC as well.
+
+    Raises:
+        ValueError: it has not, so it could be stored but not shown.
+    """
+    try:
+        value.astimezone(UTC)
+    except (ValueError, OverflowError) as exc:
+        raise ValueError(f"`{what}` must lie in the years 1 to 9999 of UTC") from exc
+
+
+def checked_metadata(value: object, levels: int = MAX_METADATA_LEVELS) -> None:
+    """Check that metadata is not nested too deeply to be written and read everywhere.
+
+    Raises:
+        ValueError: it has more than 32 levels.
+    """
+    if levels < 0:
+        raise ValueError(f"`metadata` is nested deeper than {MAX_METADATA_LEVELS} levels")
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            checked_metadata(part, levels - 1)
+
+
 def _checked_names(values: list[str], what: str) -> list[str]:
     return list(dict.fromkeys(checked_name(value, what) for value in values))
 
@@ -93,6 +119,9 @@ class MemoryInput(Struct, forbid_unknown_fields=True, kw_only=True, omit_default
             self.session_id = checked_name(self.session_id, "session_id")
         self.topics = _checked_names(self.topics, "topics")
         self.entities = _checked_names(self.entities, "entities")
+        checked_metadata(self.metadata)
+        if self.event_date is not None:
+            checked_moment(self.event_date, "event_date")
 
 
 class MemoryPatch(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -248,7 +277,7 @@ class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=Tr
     created_at: TimeRange | None = None
     updated_at: TimeRange | None = None
     event_date: TimeRange | None = None
-    metadata: dict[str, Scalar] | None = None
+    metadata: Annotated[dict[str, Scalar], Meta(max_length=20)] | None = None
     pinned: bool | None = None
     superseded: Literal["exclude", "include", "only"] = "exclude"
 
@@ -420,3 +449,12 @@ class ImportRecord(MemoryInput, kw_only=True, omit_defaults=True):
     sources: Names = field(default_factory=list)
     version: int | None = None
     embedded: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("created_at", "updated_at"):
+            if (moment := getattr(self, name)) is not None:
+                checked_moment(moment, name)
+        if self.superseded_by is not None:
+            self.superseded_by = checked_name(self.superseded_by, "superseded_by")
+        self.sources = _checked_names(self.sources, "sources")

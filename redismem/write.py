@@ -123,8 +123,11 @@ class Writer:
         for place, memory in enumerate(memories):
             try:
                 fields = self._fields(memory)
-            except (ValueError, OverflowError) as exc:
-                items[place] = PutItem(id=memory.id, outcome="INVALID", error=str(exc))
+            except ValueError as exc:
+                error = InvalidInput.from_value(exc)
+                items[place] = PutItem(
+                    id=memory.id, outcome="INVALID", error=error.message, field=error.field
+                )
                 continue
             records.append(
                 _Record(place, memory, fields, memory.id or derived_id(str(fields["content_hash"])))
@@ -262,8 +265,8 @@ class Writer:
             moved = merged.text != old.text or merged.session_id != old.session_id
             try:
                 record = record_arguments(memory_id, "given" if moved else "keep", self._fields(merged))
-            except (ValueError, OverflowError) as exc:
-                raise InvalidInput(str(exc)) from exc
+            except ValueError as exc:
+                raise InvalidInput.from_value(exc) from exc
             reply = await self._write(owner, "rm_update_v1", old.version, *record)
             if reply[0] == b"MISSING":
                 raise NotFound(f"there is no memory {memory_id!r}")
@@ -306,8 +309,8 @@ class Writer:
         memory = request.memory
         try:
             fields = self._fields(memory)
-        except (ValueError, OverflowError) as exc:
-            raise InvalidInput(str(exc), field="memory") from exc
+        except ValueError as exc:
+            raise InvalidInput.from_value(exc, "memory") from exc
         for attempt in range(_MAX_ID_ATTEMPTS):
             new_id = memory.id or derived_id(content_hash(memory), attempt)
             if new_id in request.ids:
@@ -365,4 +368,4 @@ def _merged(old: Memory, patch: MemoryPatch) -> MemoryInput:
     try:
         return MemoryInput(**values)
     except ValueError as exc:
-        raise InvalidInput(str(exc)) from exc
+        raise InvalidInput.from_value(exc) from exc

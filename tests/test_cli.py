@@ -28,7 +28,7 @@ _WAIT_S = 60
 
 
 @pytest.fixture
-def run(service: Service, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(service: Service, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs a command on the test server, which is emptied afterwards."""
     monkeypatch.setenv("REDISMEM_REDIS_URL", redis_url)
     monkeypatch.setenv("REDISMEM_EMBEDDER", "deterministic")
@@ -37,7 +37,9 @@ def run(service: Service, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Ru
     def run(*args: str, stdin: str | None = None) -> Result:
         return CliRunner().invoke(main, args, input=stdin)
 
-    return run
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)  # `serve` sets its own
 
 
 @pytest.fixture

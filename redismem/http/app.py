@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redismem.errors import RedisMemError
 from redismem.http.docs import docs_page
 from redismem.http.openapi import openapi_document
-from redismem.http.routes import OPERATIONS
+from redismem.http.table import OPERATIONS, guarded
 from redismem.http.wire import error_response, json_response
 from redismem.service import Service, open_service
 from redismem.settings import Settings
@@ -109,7 +109,7 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
     async def docs(request: Request) -> Response:
         return Response(page, media_type="text/html")
 
-    routes = [Route(item.path, item.handler, methods=[item.method]) for item in OPERATIONS]
+    routes = [Route(item.path, guarded(item), methods=[item.method]) for item in OPERATIONS]
     routes += [Route("/openapi.json", openapi), Route("/docs", docs)]
     app = Starlette(
         routes=routes,

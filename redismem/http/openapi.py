@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 
 from redismem import errors
-from redismem.http.routes import Health, Operation
+from redismem.http.routes import Health
+from redismem.http.table import Operation
 from redismem.types import MAX_BATCH_MEMORIES, MAX_TEXT_BYTES, Memory
 
 Schema = dict[str, Any]
@@ -99,7 +100,10 @@ _RULES: dict[str, Schema] = {
             },
         ],
     },
-    "SearchRequest.vector": {"contains": {"anyOf": [{"minimum": 1e-6}, {"maximum": -1e-6}]}},
+    "SearchRequest.vector": {
+        "items": {"minimum": -1e6, "maximum": 1e6},
+        "contains": {"anyOf": [{"minimum": 1e-6}, {"maximum": -1e-6}]},
+    },
     # one item that is right is enough: the others are refused by themselves
     "MemoryBatch.memories": {
         "minItems": 1,
@@ -298,11 +302,11 @@ def _replies(operation: Operation) -> Schema:
         if operation.reply:
             media = _NDJSON if operation.ndjson and not operation.request else _JSON
             found[str(status)]["content"] = {media: {"schema": _any_of([operation.reply])}}
-    statuses = set(operation.errors)
+    statuses = {422, *operation.errors}  # every operation refuses query parameters that it does not know
     if "{user}" in operation.path:
-        statuses |= {422, 503}
+        statuses.add(503)
     if operation.request:
-        statuses |= {413} if operation.ndjson else {400, 413}
+        statuses |= {400, 413}
     for status in sorted(statuses):
         known = _ERRORS.get(status)
         found[str(status)] = (

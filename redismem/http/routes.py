@@ -1,9 +1,9 @@
-"""The table of routes, and what each does with a request."""
+"""What each route does with a request."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -26,26 +26,19 @@ from redismem.types import (
     MAX_BATCH_MEMORIES,
     BatchReply,
     BatchRequest,
-    CorrectionReply,
     CorrectionRequest,
-    DeleteReply,
     Filters,
-    ForgetReply,
-    HistoryReply,
     ImportRecord,
     ImportReply,
-    ListReply,
     Memory,
     MemoryInput,
     MemoryPatch,
     PutItem,
-    PutReply,
-    SearchReply,
     SearchRequest,
     checked_name,
 )
 
-Handler = Callable[[Request], Awaitable[Response]]
+MOMENTS = ("created_at", "updated_at", "event_date")
 
 #: memories of an import that are written together
 _IMPORT_SLICE = 100
@@ -72,27 +65,6 @@ class _RawBatch(Struct, forbid_unknown_fields=True, kw_only=True):
 class _ListQuery(Struct, kw_only=True):
     limit: int = 50
     cursor: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """One method of one path: what OpenAPI says of it and what answers it."""
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    request: tuple[type[Any], ...] = ()
-    reply: type[Any] | None = None
-    #: success statuses
-    statuses: tuple[int, ...] = (200,)
-    #: error statuses besides 422 (bad path), 503 and, with a body, 400 and 413
-    errors: tuple[int, ...] = ()
-    #: query parameters: name -> JSON schema
-    query: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: request header parameters: name -> description
-    headers: dict[str, str] = field(default_factory=dict)
-    ndjson: bool = False
 
 
 def _service(request: Request) -> Service:
@@ -175,17 +147,26 @@ def _list_query(request: Request) -> tuple[_ListQuery, Filters]:
     for name in request.query_params:
         values = request.query_params.getlist(name)
         head, _, rest = name.partition(".")
+        if (rest and not isinstance(filters.setdefault(head, {}), dict)) or (not rest and name in filters):
+            raise InvalidInput(f"`{head}` is given twice, as a value and by its parts", field=head)
         if name in _ListQuery.__struct_fields__:
             page[name] = values[-1]
         elif head == "metadata" and rest:
-            filters.setdefault("metadata", {})[rest] = _scalar(values[-1])
+            filters[head][rest] = _scalar(values[-1])
         elif rest:
-            filters.setdefault(head, {})[rest] = values[-1]
+            filters[head][rest] = _moment(name, values[-1]) if head in MOMENTS else values[-1]
         elif head in ("memory_type", "topics", "entities", "session_id"):
             filters[name] = values
         else:
             filters[name] = values[-1]
     return converted(page, _ListQuery), converted(filters, Filters)
+
+
+def _moment(name: str, text: str) -> datetime:
+    try:
+        return msgspec.convert(text, datetime)
+    except msgspec.ValidationError as exc:
+        raise InvalidInput(f"`{name}` takes a time such as 2026-03-01T18:30:00Z", field=name) from exc
 
 
 def _scalar(text: str) -> object:
@@ -276,7 +257,7 @@ async def import_memories(request: Request) -> Response:
     counts = dict.fromkeys(("CREATED", "UPDATED", "UNCHANGED", "INVALID"), 0)
     errors: list[PutItem] = []
     waiting: list[tuple[int, ImportRecord]] = []
-    generation = number = 0
+    generation = 0
 
     async def store() -> int:
         reply = await service.writer.put(owner, [record for _, record in waiting])
@@ -287,8 +268,7 @@ async def import_memories(request: Request) -> Response:
         waiting.clear()
         return reply.generation
 
-    async for raw in read_lines(request, service.settings.max_body_bytes):
-        number += 1
+    async for number, raw in read_lines(request, service.settings.max_body_bytes):
         try:
             waiting.append((number, decoded(raw, ImportRecord)))
         except RedisMemError as exc:
@@ -322,147 +302,3 @@ async def ready(request: Request) -> Response:
         headers = {"Retry-After": str(exc.retry_after_s)}
         return json_response(Health(status="unavailable", reason=exc.message), 503, headers)
     return json_response(Health(status="ok"))
-
-
-_USER = "/v1/users/{user}"
-_MEMORY = _USER + "/memories/{id}"
-_WAIT = {
-    "type": "boolean",
-    "default": True,
-    "description": "false: stored and searchable by words at once, embedded within 0.5 s",
-}
-
-
-def _list_parameters() -> dict[str, dict[str, Any]]:
-    names = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 256}}
-    parameters: dict[str, dict[str, Any]] = {
-        "limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 50},
-        "cursor": {"type": "string"},
-        "memory_type": {"type": "array", "items": {"type": "string", "pattern": "^[a-z][a-z0-9_-]{0,63}$"}},
-        **dict.fromkeys(("topics", "entities", "session_id"), names),
-        "pinned": {"type": "boolean"},
-        "superseded": {"type": "string", "enum": ["exclude", "include", "only"]},
-    }
-    for name in ("created_at", "updated_at", "event_date"):
-        parameters |= {f"{name}.{end}": {"type": "string", "format": "date-time"} for end in ("gte", "lt")}
-    for name in ("importance", "confidence"):
-        parameters |= {f"{name}.{end}": {"type": "number"} for end in ("gte", "lt")}
-    return parameters
-
-
-OPERATIONS = (
-    Operation(
-        method="POST",
-        path=_USER + "/memories",
-        handler=add_memories,
-        summary="Store one memory or many",
-        request=(MemoryInput, MemoryBatch),
-        reply=PutReply,
-        statuses=(201, 202),
-        errors=(409,),
-        query={"wait": _WAIT},
-    ),
-    Operation(
-        method="GET",
-        path=_USER + "/memories",
-        handler=list_memories,
-        summary="List memories, newest first",
-        reply=ListReply,
-        query=_list_parameters(),
-    ),
-    Operation(
-        method="GET",
-        path=_MEMORY,
-        handler=get_memory,
-        summary="Read a memory",
-        reply=Memory,
-        errors=(404,),
-    ),
-    Operation(
-        method="PATCH",
-        path=_MEMORY,
-        handler=change_memory,
-        summary="Change a memory",
-        request=(MemoryPatch,),
-        reply=Memory,
-        errors=(404, 412),
-        headers={"If-Match": "ETag of the version to change"},
-    ),
-    Operation(
-        method="DELETE",
-        path=_MEMORY,
-        handler=delete_memory,
-        summary="Delete a memory",
-        reply=DeleteReply,
-        errors=(404,),
-    ),
-    Operation(
-        method="GET",
-        path=_MEMORY + "/history",
-        handler=memory_history,
-        summary="What happened to a memory",
-        reply=HistoryReply,
-        errors=(404,),
-    ),
-    Operation(
-        method="POST",
-        path=_USER + "/search",
-        handler=search,
-        summary="Find the best memories",
-        request=(SearchRequest,),
-        reply=SearchReply,
-        errors=(409, 504),
-    ),
-    Operation(
-        method="POST",
-        path=_USER + "/search/batch",
-        handler=search_batch,
-        summary="Up to 50 searches at once",
-        request=(BatchRequest,),
-        reply=BatchReply,
-        errors=(409, 504),
-    ),
-    Operation(
-        method="POST",
-        path=_USER + "/corrections",
-        handler=correct,
-        summary="Replace what is no longer true",
-        request=(CorrectionRequest,),
-        reply=CorrectionReply,
-        statuses=(201,),
-        errors=(404, 409),
-    ),
-    Operation(
-        method="GET",
-        path=_USER + "/export",
-        handler=export,
-        summary="All memories as NDJSON",
-        reply=Memory,
-        ndjson=True,
-    ),
-    Operation(
-        method="POST",
-        path=_USER + "/import",
-        handler=import_memories,
-        summary="Store an NDJSON stream",
-        request=(ImportRecord,),
-        reply=ImportReply,
-        errors=(409,),
-        ndjson=True,
-    ),
-    Operation(
-        method="DELETE",
-        path=_USER,
-        handler=forget_user,
-        summary="Forget a user",
-        reply=ForgetReply,
-    ),
-    Operation(method="GET", path="/health/live", handler=live, summary="The process runs", reply=Health),
-    Operation(
-        method="GET",
-        path="/health/ready",
-        handler=ready,
-        summary="The process can serve",
-        reply=Health,
-    ),
-)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -42,9 +42,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         MalformedBody: it is not declared as JSON (a web page could send it across origins), or was cut off.
         PayloadTooLarge: it is longer than the limit.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise MalformedBody("send the body as JSON with the header `Content-Type: application/json`")
+    _check_content_type(request, "application/json")
     chunks, size = [], 0
     try:
         async for chunk in request.stream():
@@ -57,23 +55,31 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def read_lines(request: Request, limit_bytes: int) -> AsyncIterator[bytes]:
-    """Yield the lines of an NDJSON body that are not blank, as they arrive.
+def _check_content_type(request: Request, wanted: str) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != wanted:
+        raise MalformedBody(f"send the body with the header `Content-Type: {wanted}`")
+
+
+async def read_lines(request: Request, limit_bytes: int) -> AsyncIterator[tuple[int, bytes]]:
+    """Yield number and content of the lines of an NDJSON body that are not blank, as they arrive.
 
     Raises:
+        MalformedBody: the body is not declared as NDJSON.
         PayloadTooLarge: a line is longer than the limit.
     """
-    rest = b""
+    _check_content_type(request, "application/x-ndjson")
+    rest, number = b"", 0
     async for chunk in request.stream():
         *lines, rest = (rest + chunk).split(b"\n")
-        for line in (*lines, rest):
-            if len(line) > limit_bytes:
-                raise PayloadTooLarge(f"a line is longer than {limit_bytes} bytes")
+        if any(len(line) > limit_bytes for line in (*lines, rest)):
+            raise PayloadTooLarge(f"a line is longer than {limit_bytes} bytes")
         for line in lines:
+            number += 1
             if line.strip():
-                yield line
+                yield number, line
     if rest.strip():
-        yield rest
+        yield number + 1, rest
 
 
 def decoded(raw: bytes | msgspec.Raw, kind: type[T], where: str = "") -> T:
@@ -127,7 +133,7 @@ def path_part(request: Request, name: str) -> str:
         InvalidInput: it is not UTF-8, or holds NUL.
     """
     try:
-        value = unquote(request.path_params[name], errors="strict")
+        value = unquote_to_bytes(request.path_params[name].encode("latin-1")).decode()
     except UnicodeDecodeError as exc:
         raise InvalidInput(f"`{name}` in the path is not UTF-8", field=name) from exc
     if "\0" in value:

@@ -29,12 +29,13 @@ from tests.conftest import until
 
 pytestmark = pytest.mark.accept
 
-ROUNDS = 5
-ROUND_S = 1.8
-CLIENTS = 32
+ROUNDS = 12
+ROUND_S = 0.4
+DUELS = 15
+CLIENTS = 16
 HOT_HZ = 20
 EMBED_S = 0.004
-REDIS_S = 0.01
+REDIS_S = 0.004
 IDS = [f"m{i}" for i in range(8)]
 SESSIONS = [None, "s1", "s2"]
 WORDS = "amber basil cedar delta ember fern".split()
@@ -161,7 +162,7 @@ class Run:
     async def client(self, seed: int, until_s: float) -> None:
         rng = random.Random(seed)
         actions = rng.choices(
-            ["put", "delete", "patch", "correct", "get", "look"], [30, 18, 20, 8, 10, 14], k=9999
+            ["put", "delete", "patch", "correct", "get", "look"], [30, 15, 18, 15, 10, 12], k=9999
         )
         for action in actions:
             if time.perf_counter() > until_s:
@@ -171,6 +172,14 @@ class Run:
             else:
                 hot = IDS[int(time.perf_counter() * HOT_HZ) % len(IDS)]  # where most clients meet
                 await self.act(rng, action, hot if rng.random() < 0.7 else rng.choice(IDS))
+
+    async def duels(self, memory_id: str) -> None:
+        """Let a delete race a rewrite again and again, and look who won."""
+        rng = random.Random(memory_id)
+        for _ in range(DUELS):
+            await self.act(rng, "put", memory_id)
+            await asyncio.gather(self.act(rng, "patch", memory_id), self.act(rng, "delete", memory_id))
+            await self.act(rng, "get", memory_id)
 
     async def last_deletes(self, rng: random.Random, memory_ids: list[str]) -> None:
         """Leave embeddings under way, then delete: the delete is what counts."""
@@ -245,6 +254,7 @@ async def test_no_order_of_writes_brings_a_deleted_memory_back(start: Start, red
         end = time.perf_counter() + ROUND_S
         await asyncio.gather(*(run.client(CLIENTS * number + i, end) for i in range(CLIENTS)))
         await check_stored(redis, owner)
+    await asyncio.gather(*(run.duels(memory_id) for memory_id in IDS))
     await run.last_deletes(rng, IDS[:4])
     assert not set(IDS[:4]) & await check_stored(redis, owner)
     for process in processes:
@@ -256,4 +266,4 @@ async def test_no_order_of_writes_brings_a_deleted_memory_back(start: Start, red
         memory_id: [] for memory_id in IDS
     }
     for action, status in (("put", 201), ("put", 202), ("delete", 200), ("patch", 200), ("correct", 201)):
-        assert run.statuses[action, status] > 20, dict(run.statuses)
+        assert run.statuses[action, status] > 5, dict(run.statuses)

@@ -50,8 +50,8 @@ SHORT = (
     "La nonna prepara le lasagne ogni domenica",
     "O meu voo para São Paulo foi cancelado outra vez",
     "Моя сестра учится на врача в Петербурге.",
-    "Завтра в девять встреча с юристом",  # noqa: RUF001
-    "Η γιαγιά μένει στη Θεσσαλονίκη",  # noqa: RUF001
+    "Завтра в девять встреча с юристом",
+    "Η γιαγιά μένει στη Θεσσαλονίκη",
     "我下个月要去上海出差",
     "昨日は妹と寿司を食べました。",
     "다음 주 금요일에 면접이 있어요",
@@ -59,7 +59,7 @@ SHORT = (
     "אמא שלי אוהבת לגדל ורדים",
     "मेरी बेटी कथक सीखती है",
     "Tôi bị dị ứng với tôm và cua",
-    "Babam geçen hafta emekli oldu, İzmir'e taşınıyor",  # noqa: RUF001
+    "Babam geçen hafta emekli oldu, İzmir'e taşınıyor",
     "Żółta łódź czeka w porcie w Gdańsku",
     "🎉🎂 happy birthday Léo!!! 🥳",
     "she replied 👍🏽 and then 😂😂😂",

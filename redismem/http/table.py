@@ -1,0 +1,225 @@
+"""The table of routes: what OpenAPI says of each, and what answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from redismem.errors import InvalidInput
+from redismem.http import routes
+from redismem.http.routes import MOMENTS, Health, MemoryBatch
+from redismem.types import (
+    BatchReply,
+    BatchRequest,
+    CorrectionReply,
+    CorrectionRequest,
+    DeleteReply,
+    ForgetReply,
+    HistoryReply,
+    ImportRecord,
+    ImportReply,
+    ListReply,
+    Memory,
+    MemoryInput,
+    MemoryPatch,
+    PutReply,
+    SearchReply,
+    SearchRequest,
+)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One method of one path: what OpenAPI says of it and what answers it."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    request: tuple[type[Any], ...] = ()
+    reply: type[Any] | None = None
+    #: success statuses
+    statuses: tuple[int, ...] = (200,)
+    #: error statuses besides 422 (bad path), 503 and, with a body, 400 and 413
+    errors: tuple[int, ...] = ()
+    #: query parameters: name -> JSON schema
+    query: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: heads of query parameters with any tail, such as `metadata` of `metadata.color`
+    open_query: tuple[str, ...] = ()
+    #: request header parameters: name -> description
+    headers: dict[str, str] = field(default_factory=dict)
+    ndjson: bool = False
+
+
+def guarded(operation: Operation) -> Handler:
+    """Return the operation's handler behind a check of its query parameters.
+
+    An unknown parameter is refused by name: a misspelt one would be a wish ignored.
+    """
+    heads = {name.partition(".")[0] for name in operation.query} | set(operation.open_query)
+
+    async def checked(request: Request) -> Response:
+        try:
+            unquote_to_bytes(request.scope["query_string"]).decode()
+        except UnicodeDecodeError as exc:
+            raise InvalidInput("the query string is not UTF-8") from exc
+        for name in request.query_params:
+            if name not in operation.query and not ("." in name and name.partition(".")[0] in heads):
+                raise InvalidInput(f"there is no query parameter `{name}` here; see /docs", field=name)
+        return await operation.handler(request)
+
+    return checked
+
+
+_USER = "/v1/users/{user}"
+_MEMORY = _USER + "/memories/{id}"
+_WAIT = {
+    "type": "boolean",
+    "default": True,
+    "description": "false: stored and searchable by words at once, embedded within 0.5 s",
+}
+
+
+def _list_parameters() -> dict[str, dict[str, Any]]:
+    names = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 256}}
+    parameters: dict[str, dict[str, Any]] = {
+        "limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 50},
+        "cursor": {"type": "string"},
+        "memory_type": {"type": "array", "items": {"type": "string", "pattern": "^[a-z][a-z0-9_-]{0,63}$"}},
+        **dict.fromkeys(("topics", "entities", "session_id"), names),
+        "pinned": {"type": "boolean"},
+        "superseded": {"type": "string", "enum": ["exclude", "include", "only"]},
+    }
+    for name in MOMENTS:
+        parameters |= {f"{name}.{end}": {"type": "string", "format": "date-time"} for end in ("gte", "lt")}
+    for name in ("importance", "confidence"):
+        parameters |= {f"{name}.{end}": {"type": "number"} for end in ("gte", "lt")}
+    return parameters
+
+
+OPERATIONS = (
+    Operation(
+        method="POST",
+        path=_USER + "/memories",
+        handler=routes.add_memories,
+        summary="Store one memory or many",
+        request=(MemoryInput, MemoryBatch),
+        reply=PutReply,
+        statuses=(201, 202),
+        errors=(409,),
+        query={"wait": _WAIT},
+    ),
+    Operation(
+        method="GET",
+        path=_USER + "/memories",
+        handler=routes.list_memories,
+        summary="List memories, newest first",
+        reply=ListReply,
+        query=_list_parameters(),
+        open_query=("metadata",),
+    ),
+    Operation(
+        method="GET",
+        path=_MEMORY,
+        handler=routes.get_memory,
+        summary="Read a memory",
+        reply=Memory,
+        errors=(404,),
+    ),
+    Operation(
+        method="PATCH",
+        path=_MEMORY,
+        handler=routes.change_memory,
+        summary="Change a memory",
+        request=(MemoryPatch,),
+        reply=Memory,
+        errors=(404, 412),
+        headers={"If-Match": "ETag of the version to change"},
+    ),
+    Operation(
+        method="DELETE",
+        path=_MEMORY,
+        handler=routes.delete_memory,
+        summary="Delete a memory",
+        reply=DeleteReply,
+        errors=(404,),
+    ),
+    Operation(
+        method="GET",
+        path=_MEMORY + "/history",
+        handler=routes.memory_history,
+        summary="What happened to a memory",
+        reply=HistoryReply,
+        errors=(404,),
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/search",
+        handler=routes.search,
+        summary="Find the best memories",
+        request=(SearchRequest,),
+        reply=SearchReply,
+        errors=(409, 504),
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/search/batch",
+        handler=routes.search_batch,
+        summary="Up to 50 searches at once",
+        request=(BatchRequest,),
+        reply=BatchReply,
+        errors=(409, 504),
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/corrections",
+        handler=routes.correct,
+        summary="Replace what is no longer true",
+        request=(CorrectionRequest,),
+        reply=CorrectionReply,
+        statuses=(201,),
+        errors=(404, 409),
+    ),
+    Operation(
+        method="GET",
+        path=_USER + "/export",
+        handler=routes.export,
+        summary="All memories as NDJSON",
+        reply=Memory,
+        ndjson=True,
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/import",
+        handler=routes.import_memories,
+        summary="Store an NDJSON stream",
+        request=(ImportRecord,),
+        reply=ImportReply,
+        errors=(409,),
+        ndjson=True,
+    ),
+    Operation(
+        method="DELETE",
+        path=_USER,
+        handler=routes.forget_user,
+        summary="Forget a user",
+        reply=ForgetReply,
+    ),
+    Operation(
+        method="GET", path="/health/live", handler=routes.live, summary="The process runs", reply=Health
+    ),
+    Operation(
+        method="GET",
+        path="/health/ready",
+        handler=routes.ready,
+        summary="The process can serve",
+        reply=Health,
+    ),
+)

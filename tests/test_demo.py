@@ -1,0 +1,184 @@
+"""`redismem demo`, as the process that a newcomer starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from redismem.service import Service
+from redismem.types import MemoryInput
+
+Start = Callable[..., subprocess.Popen[str]]
+
+_WAIT_S = 120
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("REDISMEM_")}
+    folders = {"XDG_DATA_HOME": str(tmp_path / "data"), "TMPDIR": str(tmp_path)}
+    return {**kept, **folders, "REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1"}
+
+
+@pytest.fixture
+def demo(environment: dict[str, str]) -> Iterator[Start]:
+    """Starts `redismem demo …` in a session of its own; what still runs after the test is ended."""
+    started = []
+
+    def demo(*args: str, **variables: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-m", "redismem", "demo", *args]
+        process = subprocess.Popen(
+            command,
+            env={**environment, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield demo
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # it ends its own service
+        process.communicate(timeout=_WAIT_S)
+
+
+def finished(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=_WAIT_S)
+    assert process.returncode == code, out + err
+    assert "Traceback" not in err
+    return out, err
+
+
+def output_until(process: subprocess.Popen[str], word: str) -> str:
+    """Return what the process prints up to the line with `word`."""
+    assert process.stdout is not None
+    seen = ""
+    while word not in seen:
+        assert select.select([process.stdout], [], [], _WAIT_S)[0], f"not printed: {word}; only: {seen}"
+        line = process.stdout.readline()
+        assert line, f"ended without {word}: {seen}"
+        seen += line
+    return seen
+
+
+def ndjson(path: Path, *lines: dict[str, object] | str) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def test_the_sample_life_is_stored_asked_and_summed_up(
+    demo: Start, sample_life: Path, tmp_path: Path
+) -> None:
+    out, err = finished(demo())
+    assert err == ""
+    lines = [json.loads(line) for line in sample_life.read_text().splitlines()]
+    assert out.startswith(f"{len(lines)} memories stored at http://127.0.0.1:")
+    questions = json.loads((sample_life.parent / "sample_questions.json").read_text())
+    assert f"of {len(questions)} questions" in out
+    replaced = {one for line in lines for one in line.get("corrects", ())}
+    assert f"Of the {len(replaced)} memories that were corrected, none came back" in out
+    assert len(re.findall(r" l3 +\d+\.\d +\d+\.\d +\d+\.\d", out)) == len(questions)
+    assert "Median milliseconds: HTTP" in out
+    for command in ("redismem demo --serve", "redismem serve", "curl -s http", "redis-cli -s "):
+        assert command in out
+    assert [path.name for path in tmp_path.iterdir()] == [], "everything is removed"
+
+
+def test_piped_output_has_no_colours_and_a_table_of_100_columns(demo: Start) -> None:
+    out, _ = finished(demo())
+    assert "\x1b" not in out
+    table, _, _ = out.partition("To go on:")
+    assert max(map(len, table.splitlines())) <= 100
+
+
+def test_own_data_is_asked_own_questions(demo: Start, tmp_path: Path) -> None:
+    first: dict[str, object] = {"id": "a", "text": "Ada keeps bees in [Kent]"}
+    second: dict[str, object] = {"id": "b", "text": "Ada keeps bees in Sussex now", "corrects": ["a"]}
+    data = ndjson(tmp_path / "own.jsonl", first, {"text": "Eve keeps wasps"}, second)
+    out, _ = finished(
+        demo("--data", data, "--question", "Where are the bees?", "--question", "Who has wasps?")
+    )
+    assert out.startswith("3 memories stored")
+    assert "Sussex" in out
+    assert "Kent" not in out
+    assert "Eve keeps wasps" in out
+    assert "Of the 1 memories that were corrected, none came back" in out
+    assert "right memory came first" not in out, "nobody knows which one is right"
+
+
+def test_own_data_without_questions_shows_the_newest(demo: Start, tmp_path: Path) -> None:
+    data = ndjson(tmp_path / "own.jsonl", *({"text": f"bee {number}"} for number in range(250)))
+    out, _ = finished(demo("--data", data))
+    assert re.findall(r"bee \d+", out) == [f"bee {number}" for number in range(249, 244, -1)]
+    assert "--question" in out
+
+
+def test_an_export_is_own_data_too(demo: Start, tmp_path: Path) -> None:
+    stored = {"version": 3, "embedded": True, "created_at": "2026-01-01T00:00:00Z", "sources": ["x"]}
+    old = {"id": "a", "text": "old bee", **stored, "superseded_by": "b"}
+    out, _ = finished(
+        demo("--data", ndjson(tmp_path / "own.jsonl", old, {"id": "b", "text": "new bee", **stored}))
+    )
+    assert out.startswith("1 memories stored")
+    assert "refused" not in out
+    assert "new bee" in out
+    assert "old bee" not in out
+
+
+def test_refused_lines_are_named_and_the_others_stored(demo: Start, tmp_path: Path) -> None:
+    lines = ({"text": "bee"}, {"text": "ant", "colour": 1}, {"text": "wasp", "corrects": ["nobody"]})
+    out, _ = finished(demo("--data", ndjson(tmp_path / "own.jsonl", *lines)))
+    assert out.startswith("1 memories stored")
+    assert re.search(r"refused: line 2: .*colour", out)
+    assert re.search(r"refused: line 3: .*nobody", out)
+
+
+def test_own_data_that_is_not_ndjson_is_one_line(demo: Start, tmp_path: Path) -> None:
+    _, err = finished(demo("--data", ndjson(tmp_path / "own.jsonl", {"text": "bee"}, "bees!")), 1)
+    assert err.count("\n") == 1
+    assert "line 2 of " in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_serve_keeps_it_until_it_is_told_to_stop(demo: Start, tmp_path: Path, number: signal.Signals) -> None:
+    process = demo("--serve", "--port", "0")
+    out = output_until(process, "/docs")
+    base = out.split()[4]
+    assert f"curl -s {base}/v1/users/demo/search" in out
+    reply = httpx.post(f"{base}/v1/users/demo/search", json={"text": "sesame"})
+    assert reply.json()["memories"]
+    process.send_signal(number)
+    finished(process)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{base}/health/live")
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_service_that_cannot_start_is_two_lines(demo: Start) -> None:
+    _, err = finished(demo(REDISMEM_REDIS_URL="redis://127.0.0.1:1"), 1)
+    assert err.count("\n") == 2
+    assert "Start the server" in err
+
+
+async def test_an_existing_redis_is_left_as_it_was(demo: Start, service: Service, redis_url: str) -> None:
+    namesake = service.owner("demo")
+    await service.writer.put(namesake, [MemoryInput(text="mine", id="mine")])
+    before = set(await service.client.execute("KEYS", "*"))
+    out, _ = finished(demo(REDISMEM_REDIS_URL=redis_url))
+    assert "none came back" in out
+    assert set(await service.client.execute("KEYS", "*")) == before
+    assert (await service.browser.get(namesake, "mine")).text == "mine"
