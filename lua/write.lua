@@ -312,13 +312,13 @@ local function put(keys, args)
 end
 
 local function update(keys, args)
-  local ctx, record = context_of(keys, args), parsed(args, 7)
-  if not (ctx and record) then return misuse('rm_update meta ids log turns | …') end
+  local ctx, record, expected = context_of(keys, args), parsed(args, 7), whole(args[6], 0, 2 ^ 53)
+  if not (ctx and record and expected) then return misuse('rm_update meta ids log turns | …') end
   local refusal = wrong_types(ctx, { record.id }) or unready(ctx, { record })
   if refusal then return refusal end
   local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'version', 'created_at', 'superseded_by')
   if not old[1] then return { 'MISSING' } end
-  if (old[2] or '0') ~= args[6] then return { 'STALE', old[2] or '0' } end
+  if (whole(old[2], 0, 2 ^ 53) or 0) ~= expected then return { 'STALE', old[2] or '0' } end
 
   local version, stale, keep = bump(ctx), {}, record.kind == 'keep'
   relink(ctx, record, old[4], stale)

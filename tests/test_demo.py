@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -66,16 +66,16 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 def output_until(process: subprocess.Popen[str], word: str) -> str:
     """Return what the process prints up to the line with `word`."""
     assert process.stdout is not None
-    seen = ""
-    while word not in seen:
-        assert select.select([process.stdout], [], [], _WAIT_S)[0], f"not printed: {word}; only: {seen}"
-        line = process.stdout.readline()
-        assert line, f"ended without {word}: {seen}"
-        seen += line
-    return seen
+    pipe, seen = process.stdout.fileno(), b""
+    while word.encode() not in seen or not seen.endswith(b"\n"):
+        assert select.select([pipe], [], [], _WAIT_S)[0], f"not printed: {word}; only: {seen!r}"
+        part = os.read(pipe, 65536)  # past Python's buffer, which select() cannot see
+        assert part, f"ended without {word}: {seen!r}"
+        seen += part
+    return seen.decode()
 
 
-def ndjson(path: Path, *lines: dict[str, object] | str) -> str:
+def ndjson(path: Path, *lines: Mapping[str, object] | str) -> str:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return str(path)
 
@@ -140,7 +140,11 @@ def test_an_export_is_own_data_too(demo: Start, tmp_path: Path) -> None:
 
 
 def test_refused_lines_are_named_and_the_others_stored(demo: Start, tmp_path: Path) -> None:
-    lines = ({"text": "bee"}, {"text": "ant", "colour": 1}, {"text": "wasp", "corrects": ["nobody"]})
+    lines: list[Mapping[str, object]] = [
+        {"text": "bee"},
+        {"text": "ant", "colour": 1},
+        {"text": "wasp", "corrects": ["nobody"]},
+    ]
     out, _ = finished(demo("--data", ndjson(tmp_path / "own.jsonl", *lines)))
     assert out.startswith("1 memories stored")
     assert re.search(r"refused: line 2: .*colour", out)

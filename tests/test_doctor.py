@@ -220,13 +220,8 @@ async def test_without_an_embedder_the_store_is_examined(
     service: Service, owner: Owner, settings: Settings
 ) -> None:
     await store(service, owner)
-    away = {
-        "embedder": "openai",
-        "embedder_url": "http://127.0.0.1:1",
-        "embedder_model": "m",
-        "embedder_deadline_s": 0.2,
-    }
-    findings = await examine(replace(settings, **away))
+    away = replace(settings, embedder="openai", embedder_model="m", embedder_url="http://127.0.0.1:1")
+    findings = await examine(replace(away, embedder_deadline_s=0.2))
     assert [finding.name for finding in findings if finding.status == "fail"] == ["embedder"]
     assert named(findings, "indexes").status == "ok"
     assert "round trip" not in [finding.name for finding in findings]

@@ -155,11 +155,3 @@ async def test_an_index_dropped_by_hand_is_rebuilt_by_the_next_read(
     assert await hits(alice, "tea") == ["ours"]
     await cli.execute_command("FT.DROPINDEX", index)
     assert await listed(alice) == ["ours"]
-
-
-async def test_a_hash_older_than_the_users_index_is_found(http: httpx.AsyncClient, cli: Redis) -> None:
-    """Another program may write first; the index is made by the first write of ours."""
-    await cli.hset(KEY + "theirs", "text", "Ben paints boats")
-    assert (await http.get(f"{USER}/memories/theirs")).status_code == 200
-    assert (await http.post(f"{USER}/memories", json={"text": "Ana drinks tea"})).status_code == 201
-    assert await hits(http, "boats", "keyword") == ["theirs"]

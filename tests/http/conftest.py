@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from urllib.parse import quote
 
 import httpx
@@ -33,7 +33,7 @@ def of_user(user: str, *parts: str) -> str:
 
 
 async def add(
-    http: httpx.AsyncClient, user: str, *memories: dict[str, object], wait: bool = True
+    http: httpx.AsyncClient, user: str, *memories: Mapping[str, object], wait: bool = True
 ) -> list[str]:
     """Store memories and return their ids; each must be accepted."""
     reply = await http.post(

@@ -334,7 +334,7 @@ async def test_while_redis_is_away_every_route_says_503(
         http.post(SEARCH + "/batch", json={"queries": [{"text": "a"}, {"text": "b"}]}),
         http.post(CORRECT, json=correction),
         http.get(of_user("alice", "export")),
-        http.post(IMPORT, content=b'{"text": "a"}', headers=JSON),
+        http.post(IMPORT, content=b'{"text": "a"}', headers={"Content-Type": "application/x-ndjson"}),
         http.delete(of_user("alice")),
     )
     for reply in replies:
