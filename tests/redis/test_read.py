@@ -31,23 +31,7 @@ from redismem.types import (
 MODES: tuple[SearchMode, ...] = get_args(SearchMode)
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
-TAGS = [
-    "a",
-    "A",
-    "a b",
-    "a,b",
-    "a|b",
-    "a%7Cb",
-    "{a}",
-    "a-b",
-    "a*",
-    '"a"',
-    "a\\b",
-    "é",
-    "😀",
-    "or",
-    "@a:[0 1]",
-]
+TAGS = ["a b", "@a:[0 1]", *'a A a,b a|b a%7Cb {a} a-b a* "a" a\\b é 😀 or'.split()]
 SESSIONS: list[str | None] = [None, None, "s1", "S1", "s1,s2", "s|1", "s 1", "s'1"]
 TYPES = ["semantic", "episodic", "a-b", "a_b"]
 SHARES = [0.0, 1e-7, 0.1, 0.3, 0.30000000000000004, 0.5, 1.0]
@@ -59,22 +43,7 @@ MOMENTS: list[datetime | None] = [
     datetime(2023, 5, 8, 19, 0, 0, 2, tzinfo=UTC),
     datetime(9999, 12, 30, 1, 2, 3, 456_789, tzinfo=UTC),
 ]
-SCALARS: list[Any] = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    1.0,
-    -1.5,
-    2**53 + 1,
-    1e300,
-    "",
-    "1",
-    "true",
-    "null",
-    "x" * 400,
-]
+SCALARS: list[Any] = [None, True, False, 0, 1, 1.0, -1.5, 2**53 + 1, 1e300, "", "1", "true", "x" * 400]
 KEYS = ["k", "K", "k=v", "", "ключ"]
 
 
@@ -89,23 +58,15 @@ class Given:
 
 def same_scalar(a: Any, b: Any) -> bool:
     """Return whether JSON calls two scalars equal: a number is no boolean and no string."""
-    kinds = [
-        bool if isinstance(v, bool) else float if isinstance(v, int | float) else type(v) for v in (a, b)
-    ]
+    kinds = [float if type(value) in (int, float) else type(value) for value in (a, b)]
     return kinds[0] is kinds[1] and a == b
 
 
 def in_range(value: Any, bounds: NumberRange | TimeRange | None) -> bool:
-    if bounds is None:
-        return True
-    if value is None:
-        return False
-    return (
-        (bounds.gt is None or value > bounds.gt)
-        and (bounds.gte is None or value >= bounds.gte)
-        and (bounds.lt is None or value < bounds.lt)
-        and (bounds.lte is None or value <= bounds.lte)
-    )
+    if bounds is None or value is None:
+        return bounds is None
+    above = (bounds.gt is None or value > bounds.gt) and (bounds.gte is None or value >= bounds.gte)
+    return above and (bounds.lt is None or value < bounds.lt) and (bounds.lte is None or value <= bounds.lte)
 
 
 def tags_match(values: list[str], wanted: str | list[str] | TagMatch | None) -> bool:
@@ -113,17 +74,13 @@ def tags_match(values: list[str], wanted: str | list[str] | TagMatch | None) -> 
         return True
     if not isinstance(wanted, TagMatch):
         wanted = TagMatch(any=[wanted] if isinstance(wanted, str) else wanted)
-    own = set(values)
-    return (
-        (not wanted.any or bool(own & set(wanted.any)))
-        and own >= set(wanted.all)
-        and not own & set(wanted.none)
-    )
+    own, any_of = set(values), set(wanted.any)
+    return own >= set(wanted.all) and not own & set(wanted.none) and (not any_of or bool(own & any_of))
 
 
 def matches(given: Given, filters: Filters) -> bool:
     """Return what `types.Filters` promises for one memory."""
-    memory, metadata = given.memory, given.memory.metadata
+    memory, metadata, wanted = given.memory, given.memory.metadata, filters.metadata or {}
     kinds, sessions = filters.memory_type, filters.session_id
     hidden = memory.superseded_by is not None
     return all(
@@ -139,10 +96,7 @@ def matches(given: Given, filters: Filters) -> bool:
             in_range(given.updated_at, filters.updated_at),
             in_range(memory.event_date, filters.event_date),
             filters.pinned is None or memory.pinned == filters.pinned,
-            all(
-                key in metadata and same_scalar(metadata[key], value)
-                for key, value in (filters.metadata or {}).items()
-            ),
+            *(key in metadata and same_scalar(metadata[key], value) for key, value in wanted.items()),
         ]
     )
 
@@ -216,18 +170,15 @@ def random_filters(rng: random.Random, memories: list[Given]) -> Filters:
         "metadata": lambda: {rng.choice(KEYS): rng.choice(SCALARS)},
         "pinned": lambda: rng.random() < 0.5,
     }
-    names = rng.sample(list(makers), rng.choice([0, 1, 1, 1, 2, 2, 3]))
-    return Filters(
-        **{name: makers[name]() for name in names}, superseded=rng.choice(["exclude", "include", "only"])
-    )
+    makers = dict(rng.sample(list(makers.items()), rng.choice([0, 1, 1, 1, 2, 2, 3])))
+    makers["superseded"] = lambda: rng.choice(["exclude", "include", "only"])
+    return Filters(**{name: make() for name, make in makers.items()})
 
 
-async def listed(
-    service: Service, owner: Owner, filters: Filters, limit: int = 100
-) -> tuple[list[Memory], set[int]]:
+async def listed(service: Service, owner: Owner, filters: Filters) -> tuple[list[Memory], set[int]]:
     found, totals, cursor = [], set(), None
     while True:
-        reply = await service.page(owner, filters, limit, cursor)
+        reply = await service.page(owner, filters, 100, cursor)
         found += reply.memories
         totals.add(reply.total)
         cursor = reply.cursor
@@ -240,8 +191,9 @@ async def test_every_filter_agrees_with_its_model(
 ) -> None:
     rng = random.Random(11)
     sizes = []
-    for _ in range(150):
-        filters = random_filters(rng, memories)
+    alone = [Filters(metadata={key: value}, superseded="include") for key in KEYS for value in SCALARS]
+    alone += [Filters(topics=tag, superseded="include") for tag in TAGS]
+    for filters in [*alone, *(random_filters(rng, memories) for _ in range(150))]:
         expected = {one.memory.id for one in memories if matches(one, filters)}
         sizes.append(len(expected))
         found, totals = await listed(service, owner, filters)
@@ -250,31 +202,13 @@ async def test_every_filter_agrees_with_its_model(
         for mode in MODES:
             words = "number" if mode != "keyword" or rng.random() < 0.5 else "coffee"
             wanted = {one.memory.id for one in memories if words in one.memory.text} & expected
-            reply = await service.search(
-                owner, SearchRequest(text=words, search_mode=mode, limit=100, filters=filters)
-            )
+            request = SearchRequest(text=words, search_mode=mode, limit=100, filters=filters)
+            reply = await service.search(owner, request)
             hits = [hit.id for hit in reply.memories]
             assert reply.total == len(wanted if mode == "keyword" else expected), (mode, filters)
             assert len(set(hits)) == len(hits) == min(100, reply.total), (mode, filters)
             assert set(hits) <= (wanted if mode == "keyword" else expected), (mode, filters)
     assert sum(0 < size < 200 for size in sizes) > 75, "the filters say too little"
-
-
-@pytest.mark.parametrize("name", ["topics", "entities", "session_id", "metadata", "event_date"])
-async def test_each_value_alone_is_found_by_its_filter(
-    service: Service, owner: Owner, memories: list[Given], name: str
-) -> None:
-    values: list[Any] = {
-        "topics": TAGS,
-        "entities": TAGS,
-        "session_id": [session for session in SESSIONS if session],
-        "metadata": [{key: value} for key in KEYS for value in SCALARS],
-        "event_date": [TimeRange(gte=moment, lte=moment) for moment in MOMENTS if moment],
-    }[name]
-    for value in values:
-        filters = Filters(**{name: value}, superseded="include")
-        expected = {one.memory.id for one in memories if matches(one, filters)}
-        assert {memory.id for memory in (await listed(service, owner, filters))[0]} == expected, value
 
 
 async def test_a_memory_is_read_as_it_was_written(
@@ -297,24 +231,16 @@ async def test_a_memory_is_read_as_it_was_written(
 async def test_pages_hold_every_memory_once_while_others_come_and_go(service: Service, owner: Owner) -> None:
     """Those that stay are seen exactly once, also among 150 with the same created_at."""
     rng = random.Random(2)
-    stays = [
-        ImportRecord(
-            id=f"stay{i}",
-            text=f"stays {i}",
-            created_at=START if i < 150 else START + timedelta(seconds=rng.randint(-90, 90)),
-        )
-        for i in range(500)
-    ]
-    goes = [
-        ImportRecord(id=f"go{i}", text="goes", created_at=one.created_at)
-        for i, one in enumerate(stays[100:200])
-    ]
+    moments = [START + timedelta(seconds=rng.randint(-90, 90) if i > 150 else 0) for i in range(500)]
+    stays = [ImportRecord(id=f"stay{i}", text="stays", created_at=at) for i, at in enumerate(moments)]
+    goes = [ImportRecord(id=f"go{i}", text="goes", created_at=at) for i, at in enumerate(moments[100:200])]
     mixed = [*stays, *goes]
     rng.shuffle(mixed)
     for first in range(0, 600, 500):
         await service.writer.put(owner, mixed[first : first + 500], wait=False)
     seen: list[Memory] = []
-    cursor, gone, limit = None, set(), 7
+    cursor, limit = None, 7
+    gone: set[str] = set()
     while True:
         reply = await service.page(owner, Filters(), limit, cursor)
         assert len(reply.memories) == limit or reply.cursor is None
@@ -337,28 +263,18 @@ async def test_pages_hold_every_memory_once_while_others_come_and_go(service: Se
     assert gone
 
 
-def cursor_of(value: Any) -> str:
-    return (
-        urlsafe_b64encode(value if isinstance(value, bytes) else msgspec.json.encode(value))
-        .decode()
-        .rstrip("=")
-    )
+def cursor_of(raw: bytes) -> str:
+    return urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+WRONG = b'1|null|{}|[]|["1"]|[1,[]]|["1",[1]]|["1",["\\ud800"]]|["1",[]|["1",[],0]|\xff'.split(b"|")
+NUMBERS = b"nan|inf|-inf|1e999||(1|1] @pinned:{1}|x".split(b"|")
 
 
 @pytest.mark.parametrize(
     "cursor",
-    [
-        "",
-        "=",
-        "x",
-        "%%%",
-        "😀",
-        "A" * 5000,
-        "\x00",
-        *map(cursor_of, [1, None, {}, [], ["1"], [1, []], ["1", [1]]]),
-    ]
-    + [cursor_of([raw, []]) for raw in ("nan", "inf", "-inf", "1e999", "", "(1", "1] @pinned:{1}", "x")]
-    + [cursor_of(raw) for raw in (b"\xff", b"[" * 5000, b'["1",["\\ud800"]]', b'["1",[]', b'["1",[],0]')],
+    ["", "=", "x", "%%%", "😀", "A" * 5000, "\0"]
+    + [cursor_of(raw) for raw in (*WRONG, b"[" * 5000, *(b'["%s",[]]' % one for one in NUMBERS))],
 )
 async def test_a_cursor_that_is_not_ours_is_refused(service: Service, owner: Owner, cursor: str) -> None:
     await service.writer.put(owner, [MemoryInput(id="a", text="tea")])
@@ -367,15 +283,30 @@ async def test_a_cursor_that_is_not_ours_is_refused(service: Service, owner: Own
     assert caught.value.field == "cursor"
 
 
+async def test_a_cursor_fits_a_url_also_among_many_of_one_moment(service: Service, owner: Owner) -> None:
+    """8 KB is what proxies allow by default; a backup of another service may know days only."""
+    records = [ImportRecord(text=f"memory {i}", created_at=START) for i in range(1000)]
+    for first in (0, 500):
+        await service.writer.put(owner, records[first : first + 500], wait=False)
+    cursor, longest, count = None, 0, 0
+    while True:
+        reply = await service.page(owner, Filters(), 100, cursor)
+        count += len(reply.memories)
+        if (cursor := reply.cursor) is None:
+            break
+        longest = max(longest, len(cursor))
+    assert count == 1000
+    assert longest < 8000
+
+
 async def test_an_export_holds_every_memory_once_oldest_first(service: Service, owner: Owner) -> None:
     records = [
         ImportRecord(id=f"m{i}", text=f"memory {i}", created_at=START + timedelta(seconds=i * 7919 % 450))
         for i in range(450)
     ]
     await service.writer.put(owner, records, wait=False)
-    await service.writer.correct(
-        owner, CorrectionRequest(ids=["m7"], memory=MemoryInput(id="new", text="new"))
-    )
+    request = CorrectionRequest(ids=["m7"], memory=MemoryInput(id="new", text="new"))
+    await service.writer.correct(owner, request)
     exported: list[Memory] = []
     async for page in service.browser.export(owner):
         if not exported:
@@ -388,7 +319,7 @@ async def test_an_export_holds_every_memory_once_oldest_first(service: Service, 
     assert [page async for page in service.browser.export(service.owner("nobody"))] == []
 
 
-@pytest.mark.parametrize("memory_id", ["a", 'q"uote\\', "[]", "ключ 😀", "x" * 256])
+@pytest.mark.parametrize("memory_id", ['q"uote\\', "[]", "ключ 😀" + "x" * 249])
 async def test_history_is_found_among_thousands_of_events(
     service: Service, owner: Owner, memory_id: str
 ) -> None:
