@@ -9,8 +9,9 @@
 --                    -> NOINDEX | OK generation total note, then a hit: id score parts fields; parts is nil
 --                    or similarity words semantic keyword neighbours relevance recency importance;
 --                    note EMBEDDER: the store's vectors are of another embedder, words only
---   rm_list_ro_v1    alias meta | prefix filter page_filter limit, fields …
---                    -> NOINDEX | OK generation total, then id fields a memory, newest first
+--   rm_list_ro_v1    alias meta ids | prefix filter page_filter limit last_moment last_id, fields …
+--                    -> NOINDEX | OK generation total more(0/1), then id fields a memory, newest first and
+--                    by id within one moment, after the last one given ('' and '': from the start)
 --   rm_tails_ro_v1   turns | prefix, sessions …
 --                    -> id text content_hash a session: its last turn; empty strings where there is none
 --   rm_turns_ro_v1   turns | prefix, ids …
@@ -212,20 +213,50 @@ local function search(keys, args)
   return reply
 end
 
+-- ids with their moments, newest first; ids of one moment in no order
+local function newest(alias, page, count)
+  local found = redis.pcall('FT.SEARCH', alias, page, 'NOCONTENT', 'SORTBY', 'created_at', 'DESC',
+    'LIMIT', 0, count, 'DIALECT', 2)
+  if found.err then return nil, found end
+  local rows = {}
+  for i = 2, #found do
+    local moment = tonumber(redis.call('HGET', found[i], 'created_at') or '') or -math.huge
+    rows[#rows + 1] = { key = found[i], moment = moment }
+  end
+  return rows
+end
+
+local function later(a, b)
+  if a.moment ~= b.moment then return a.moment > b.moment end
+  return a.key < b.key
+end
+
 local function list(keys, args)
-  local alias, meta, prefix = keys[1], keys[2], args[1]
-  local filter, page, limit = args[2], args[3], tonumber(args[4] or '')
-  if not (meta and limit) then return misuse('rm_list_ro alias meta | …') end
+  local alias, meta, ids, prefix, filter, page = keys[1], keys[2], keys[3], args[1], args[2], args[3]
+  local limit, last_moment, last_id = tonumber(args[4] or ''), tonumber(args[5] or ''), args[6]
+  if not (ids and limit and last_id) then return misuse('rm_list_ro alias meta ids | …') end
   local generation = redis.call('HGET', meta, 'generation') or '0'
   local counted = redis.pcall('FT.SEARCH', alias, filter, 'LIMIT', 0, 0, 'DIALECT', 2)
-  if counted.err then return no_index(meta, counted.err) or { 'OK', generation, 0 } end
-  local found = redis.pcall('FT.SEARCH', alias, page, 'NOCONTENT', 'SORTBY', 'created_at', 'DESC',
-    'LIMIT', 0, limit, 'DIALECT', 2)
-  if found.err then return found end
-  local reply = { 'OK', generation, counted[1] }
-  for i = 2, #found do
-    reply[#reply + 1] = string.sub(found[i], #prefix + 1)
-    reply[#reply + 1] = redis.call('HMGET', found[i], unpack(args, 5))
+  if counted.err then return no_index(meta, counted.err) or { 'OK', generation, 0, 0 } end
+
+  -- the order within one moment is ours, so the group at either end of the page is fetched whole
+  local count = limit + 1 + (last_moment and redis.call('ZCOUNT', ids, args[5], args[5]) or 0)
+  local rows, err = newest(alias, page, count)
+  if rows and #rows == count then
+    local moment = string.format('%.17g', rows[count].moment)
+    local group = rows[count].moment > -math.huge and redis.call('ZCOUNT', ids, moment, moment) or 0
+    if group > 1 then rows, err = newest(alias, page, count + group) end
+  end
+  if not rows then return err end
+  table.sort(rows, later)
+  local kept = {}
+  for _, row in ipairs(rows) do
+    if row.moment ~= last_moment or row.key > prefix .. last_id then kept[#kept + 1] = row end
+  end
+  local reply = { 'OK', generation, counted[1], #kept > limit and 1 or 0 }
+  for i = 1, math.min(limit, #kept) do
+    reply[#reply + 1] = string.sub(kept[i].key, #prefix + 1)
+    reply[#reply + 1] = redis.call('HMGET', kept[i].key, unpack(args, 7))
   end
   return reply
 end

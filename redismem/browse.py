@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import AsyncIterator, Sequence
+import re
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from urllib.parse import quote, unquote
 
 import msgspec
 
@@ -15,6 +16,9 @@ from redismem.keys import Owner
 from redismem.lualib import Functions
 from redismem.query import filter_query
 from redismem.types import Filters, HistoryEvent, HistoryReply, ListReply, Memory
+
+#: where a page ended: a moment, and the percent-encoded id of the last memory
+CURSOR = r"^-?[0-9]{1,12}(\.[0-9]{1,24})?(e-[0-9]{2})?~[^~]+$"
 
 _LOG_PAGE = 1000
 _EXPORT_PAGE = 200
@@ -49,32 +53,29 @@ class Browser:
 
         Cost: one round trip.
         """
-        before, seen = _decoded_cursor(cursor)
+        last_moment, last_id = _decoded_cursor(cursor)
         query = page = filter_query(filters)
         if cursor is not None:
-            bound = f"@created_at:[-inf {before}]"
+            bound = f"@created_at:[-inf {last_moment}]"
             page = bound if query == "*" else f"{query} {bound}"
         raw = await self._functions.call(
             "rm_list_ro_v1",
-            [owner.index, owner.meta],
-            *(owner.memory_prefix, query, page, limit + len(seen) + 1, *READ_FIELDS),
+            [owner.index, owner.meta, owner.ids],
+            *(owner.memory_prefix, query, page, limit, last_moment, last_id, *READ_FIELDS),
             read=True,
         )
         if raw[0] == b"NOINDEX":
             raise IndexMissing("this user's index is missing; run `redismem doctor --repair`")
-        _, generation, total, *rows = raw
-        memories, moments = [], {}
+        _, generation, total, more, *rows = raw
+        reply = ListReply(memories=[], total=int(total), generation=int(generation))
         for raw_id, fields in zip(rows[::2], rows[1::2], strict=True):
             memory = memory_from_raw(fields)
-            if memory is not None and raw_id.decode("utf-8", "replace") not in seen:
+            if memory is not None:
                 memory.id = raw_id.decode("utf-8", "replace")
-                moments[memory.id] = _number17(fields[READ_FIELDS.index("created_at")] or b"0")
-                memories.append(memory)
-        reply = ListReply(memories=memories[:limit], total=int(total), generation=int(generation))
-        if len(memories) > limit:
-            last = moments[reply.memories[-1].id]
-            ties = [memory.id for memory in reply.memories if moments[memory.id] == last]
-            reply.cursor = _encoded_cursor(last, [*(seen if last == before else ()), *ties])
+                reply.memories.append(memory)
+        if more:
+            moment = rows[-1][READ_FIELDS.index("created_at")] or b"0"
+            reply.cursor = _encoded_cursor(moment, rows[-2].decode("utf-8", "replace"))
         return reply
 
     async def history(self, owner: Owner, memory_id: str) -> HistoryReply:
@@ -131,19 +132,17 @@ def _event(entry: dict[bytes, bytes]) -> HistoryEvent:
     )
 
 
-def _encoded_cursor(before: str, seen: Sequence[str]) -> str:
-    return urlsafe_b64encode(msgspec.json.encode((before, seen))).decode().rstrip("=")
+def _encoded_cursor(moment: bytes, memory_id: str) -> str:
+    return f"{_number17(moment)}~{quote(memory_id, safe='').replace('~', '%7E')}"
 
 
-def _decoded_cursor(cursor: str | None) -> tuple[str, frozenset[str]]:
+def _decoded_cursor(cursor: str | None) -> tuple[str, str]:
     if cursor is None:
-        return "+inf", frozenset()
-    try:
-        raw = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        before, seen = msgspec.json.decode(raw, type=tuple[str, list[str]])
-        return _number17(before), frozenset(seen)
-    except ValueError as exc:
-        raise InvalidInput("`cursor` is not one that this service gave", field="cursor") from exc
+        return "", ""
+    if not re.search(CURSOR, cursor):
+        raise InvalidInput("`cursor` is not one that this service gave", field="cursor")
+    moment, _, memory_id = cursor.partition("~")
+    return _number17(moment), unquote(memory_id)
 
 
 def _number17(raw: str | bytes) -> str:

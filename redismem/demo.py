@@ -112,11 +112,13 @@ def run_demo(*, keep: bool, data: Path | None, questions: Sequence[str], port: i
     for number in (signal.SIGTERM, signal.SIGHUP):  # a closed window must not leave a service behind
         signal.signal(number, signal.default_int_handler)
     out = console()
+    if port is None:
+        port = DEMO_PORT if keep else 0
     with ExitStack() as stack:
         stack.enter_context(_answering())
         settings = Settings.from_environment()
         data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="redismem-demo-")))
-        base = stack.enter_context(_service(settings, data_dir, port or (DEMO_PORT if keep else 0)))
+        base = stack.enter_context(_service(settings, data_dir, port))
         client = stack.enter_context(httpx.Client(base_url=base, timeout=_TIMEOUT_S))
         _checked(client.delete(_USER))
         stack.callback(lambda: _checked(client.delete(_USER)))

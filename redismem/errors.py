@@ -87,7 +87,7 @@ class VersionMismatch(RedisMemError):
 
 
 class Unavailable(RedisMemError):
-    """A service behind us cannot answer now: retry after `retry_after_s`."""
+    """A service behind us cannot answer now: retry after the seconds of Retry-After."""
 
     status = 503
     code = "unavailable"

@@ -28,6 +28,9 @@ AnyOf = Annotated[list[Name], Meta(min_length=1, max_length=100)]
 Scalar = str | int | float | bool | None
 Metadata = dict[str, Any]
 
+#: magnitude of the largest number of a vector; inside it no length overflows or vanishes
+MIN_NUMBER, MAX_NUMBER = 1e-6, 1e6
+
 SearchMode = Literal["hybrid", "semantic", "keyword"]
 QueryType = Literal["suggestion", "prefetch", "primary", "verification"]
 Consistency = Literal["eventual", "session", "strong"]
@@ -223,7 +226,7 @@ class TagMatch(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=T
 
 
 class NumberRange(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Bounds of a number."""
+    """At least one bound of a number; `gt` or `gte`, `lt` or `lte`."""
 
     gt: float | None = None
     gte: float | None = None
@@ -235,7 +238,7 @@ class NumberRange(Struct, forbid_unknown_fields=True, kw_only=True, omit_default
 
 
 class TimeRange(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Bounds in time, RFC 3339; a time without zone is UTC."""
+    """At least one bound in time, RFC 3339 (without zone: UTC); `gt` or `gte`, `lt` or `lte`."""
 
     gt: datetime | None = None
     gte: datetime | None = None
@@ -319,10 +322,8 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
             raise ValueError("`text` or `vector` is required")
         if self.text is not None:
             checked_text(self.text)
-        if self.vector is not None:
-            norm = math.sqrt(sum(x * x for x in self.vector))
-            if not math.isfinite(norm) or norm == 0:
-                raise ValueError("`vector` must be finite and not all zero")
+        if self.vector is not None and not MIN_NUMBER <= max(map(abs, self.vector)) <= MAX_NUMBER:
+            raise ValueError(f"the largest magnitude in `vector` must be {MIN_NUMBER:g} to {MAX_NUMBER:g}")
         if self.search_mode != "semantic" and self.text is None:
             raise ValueError(f"`text` is required for search_mode {self.search_mode}")
         if self.search_mode == "keyword" and self.min_similarity is not None:

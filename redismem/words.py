@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from datetime import datetime
 
 #: words of one query; a longer text is cut, its first words usually say what it is about
@@ -27,30 +28,40 @@ _WORD = re.compile(r"\w+")
 _SPEAKER = re.compile("\\s*((?=[^\\W\\d_])(?![a-z])[\\w.'\u2019-]{1,40}(?: [\\w.'\u2019-]{1,40}){0,2}):\\s")
 # what RediSearch 2.10 splits words on (no line ends); it lowercases ASCII only and a backslash escapes
 _REDISEARCH_SEPARATORS = re.compile(r"""[ \t,.<>{}\[\]"':;!@#$%^&*()\-+=~|/?`]+""")
-_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
+# scripts without blanks between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese; and Korean, whose
+# words carry their particles
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
+)
 _NOT_PLAIN = re.compile(r"[^\t\x20-\x7e]|\\")
 
 
 def text_words(text: str) -> list[str]:
-    """Return the words of `text`: NFKC, casefolded, Latin also without accents; CJK as bigrams; emoji."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    words: list[str] = []
-    for run in _WORD.findall(folded):
-        if run.isascii() or not _CJK.search(run):
-            words.append(run)
-            continue
-        for part in _CJK.findall(run):
-            words.extend(part[i : i + 2] for i in range(max(1, len(part) - 1)))
-        words.extend(part for part in _CJK.split(run) if part)
-    if not folded.isascii():
-        words.extend(char for char in folded if unicodedata.category(char) == "So")
-        words.extend(_without_accents(word) for word in words.copy() if not word.isascii())
+    """Return the words of `text`: NFKC, casefolded, Latin also without accents; emoji.
+
+    Scripts that are written without blanks are cut into bigrams of characters.
+    """
+    if text.isascii():
+        words = _WORD.findall(text.lower())
+    else:
+        # as written, and by compatibility: iPhone\u2122 is found by iphone, \ufb01nal by final
+        shapes = dict.fromkeys((text.casefold(), unicodedata.normalize("NFKC", text).casefold()))
+        words = list(dict.fromkeys(word for shape in shapes for word in _shape_words(shape)))
+        words.extend(bare for word in words.copy() if (bare := _without_accents(word)))
     return [word for word in words if word.strip("_")]  # RediSearch takes a lone _ for every memory
+
+
+def _shape_words(folded: str) -> Iterator[str]:
+    for run in _WORD.findall(folded):
+        for part in _UNSPACED.findall(run):
+            yield from (part[i : i + 2] for i in range(max(1, len(part) - 1)))
+        yield from (part for part in _UNSPACED.split(run) if part)
+    yield from (char for char in folded if unicodedata.category(char) == "So")
 
 
 def _without_accents(word: str) -> str:
     bare = "".join(char for char in unicodedata.normalize("NFD", word) if not unicodedata.combining(char))
-    return bare if bare.isascii() else ""
+    return bare if bare.isascii() and bare != word else ""
 
 
 def extra_words(text: str) -> str:
@@ -62,8 +73,9 @@ def extra_words(text: str) -> str:
     """
     if not _NOT_PLAIN.search(text):
         return ""
+    single = [char for run in _UNSPACED.findall(unicodedata.normalize("NFKC", text)) for char in run]
     found = set() if "\\" in text else set(_REDISEARCH_SEPARATORS.split(ascii_lower(text)))
-    return " ".join(word for word in text_words(text) if word not in found)
+    return " ".join(dict.fromkeys(word for word in (*text_words(text), *single) if word not in found))
 
 
 def ascii_lower(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,11 +10,15 @@ import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
 import pytest
+from redis import Redis
+from redis.exceptions import RedisError
 
 from redismem.service import Service
 from redismem.types import MemoryInput
@@ -87,6 +92,7 @@ def test_the_sample_life_is_stored_asked_and_summed_up(
     assert err == ""
     lines = [json.loads(line) for line in sample_life.read_text().splitlines()]
     assert out.startswith(f"{len(lines)} memories stored at http://127.0.0.1:")
+    assert " http://127.0.0.1:8000 in " not in out, "it must not need the port of a service that runs"
     questions = json.loads((sample_life.parent / "sample_questions.json").read_text())
     assert f"of {len(questions)} questions" in out
     replaced = {one for line in lines for one in line.get("corrects", ())}
@@ -162,6 +168,7 @@ def test_serve_keeps_it_until_it_is_told_to_stop(demo: Start, tmp_path: Path, nu
     process = demo("--serve", "--port", "0")
     out = output_until(process, "/docs")
     base = out.split()[4]
+    assert not base.endswith(":8000"), "0 is any free port"
     assert f"curl -s {base}/v1/users/demo/search" in out
     reply = httpx.post(f"{base}/v1/users/demo/search", json={"text": "sesame"})
     assert reply.json()["memories"]
@@ -170,6 +177,28 @@ def test_serve_keeps_it_until_it_is_told_to_stop(demo: Start, tmp_path: Path, nu
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{base}/health/live")
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def stored_keys(folder: Path) -> int:
+    """Return how many keys the demo's Redis holds; 0 before it answers."""
+    for path in folder.glob("redismem-demo-*/redis.sock"):
+        with contextlib.suppress(RedisError), Redis(unix_socket_path=str(path)) as redis:
+            return int(str(redis.dbsize()))
+    return 0
+
+
+def test_an_interrupted_demo_leaves_nothing_behind(demo: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    data = ndjson(folder / "own.jsonl", *({"text": f"bee {number}"} for number in range(20_000)))
+    process = demo("--data", data)
+    tick, deadline = threading.Event(), time.monotonic() + _WAIT_S
+    while stored_keys(tmp_path) < 100:
+        assert time.monotonic() < deadline, "the demo stores nothing"
+        tick.wait(0.005)
+    process.send_signal(signal.SIGINT)
+    finished(process, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 def test_a_service_that_cannot_start_is_two_lines(demo: Start) -> None:

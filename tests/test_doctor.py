@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -141,6 +142,23 @@ async def test_a_store_of_another_embedder_fails(service: Service, settings: Set
     assert finding.status == "fail"
     assert "other-model" in finding.seen
     assert REEMBED in str(finding.remedy)
+
+
+async def test_a_write_between_two_looks_is_no_finding(
+    service: Service, owner: Owner, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store(service, owner)
+    looks = 0
+    look = doctor._index_fault
+
+    async def once_wrong(*args: Any) -> str | None:
+        nonlocal looks
+        looks += 1
+        return "2 of 3 memories are indexed" if looks == 1 else await look(*args)
+
+    monkeypatch.setattr(doctor, "_index_fault", once_wrong)
+    assert named(await examine(settings), "indexes").status == "ok"
+    assert looks == 2
 
 
 async def test_many_broken_users_are_counted_not_listed(service: Service, settings: Settings) -> None:

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redismem.errors import RedisMemError
@@ -79,6 +79,9 @@ async def _http_error(request: Request, exc: Exception) -> Response:
     error.status, error.code = exc.status_code, exc.detail.lower().replace(" ", "_")
     response = error_response(error, request.state.request_id)
     response.headers.update(exc.headers or {})
+    if exc.status_code == 405:  # starlette names the methods of the first route of the path only
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        response.headers["Allow"] = ", ".join(sorted({name for route in routes for name in route.methods}))
     return response
 
 
@@ -104,6 +107,11 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
     page = docs_page(document)
 
     async def openapi(request: Request) -> Response:
+        dim = request.app.state.service.embedder.dim
+        document["components"]["schemas"]["SearchRequest"]["properties"]["vector"] |= {
+            "minItems": dim,
+            "maxItems": dim,
+        }
         return json_response(document)
 
     async def docs(request: Request) -> Response:

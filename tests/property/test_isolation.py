@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from redismem.errors import NotFound
 from redismem.keys import Owner
 from redismem.service import Service
-from redismem.types import Filters, MemoryInput, SearchMode, SearchRequest, TagMatch, checked_name
+from redismem.types import (
+    CorrectionRequest,
+    Filters,
+    MemoryInput,
+    MemoryPatch,
+    SearchMode,
+    SearchRequest,
+    TagMatch,
+    checked_name,
+)
 
 MODES: tuple[SearchMode, ...] = get_args(SearchMode)
 
@@ -137,6 +146,24 @@ async def test_nobody_sees_another_owners_memory(
         await asyncio.gather(*(service.writer.forget(owner) for owner in owners))
     left = await service.client.execute("KEYS", "*")
     assert [key for key in left if key != b"redismem:store"] == []
+
+
+async def test_what_a_user_without_memories_asks_leaves_nothing(service: Service, owner: Owner) -> None:
+    memory = MemoryInput(text="new")
+    for refused in (
+        service.browser.get(owner, "a"),
+        service.browser.history(owner, "a"),
+        service.writer.delete(owner, "a"),
+        service.writer.update(owner, "a", MemoryPatch(text="new")),
+        service.writer.correct(owner, CorrectionRequest(ids=["a"], memory=memory)),
+    ):
+        with pytest.raises(NotFound):
+            await refused
+    for mode in MODES:
+        assert (await service.search(owner, SearchRequest(text="a", search_mode=mode))).total == 0
+    assert (await service.page(owner, Filters(), 10, None)).total == 0
+    assert await service.client.execute("KEYS", "*") == [b"redismem:store"]
+    assert await service.client.execute("FT._LIST") == []
 
 
 @bounded
