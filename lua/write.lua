@@ -242,7 +242,8 @@ local function write_record(ctx, record, version, created_at, removed)
   end
   for _, names in ipairs(removed) do
     for _, name in ipairs(names) do
-      if not values[name] then gone[#gone + 1] = name end
+      -- a refused vector is among the values, and the old one must not stay in its place
+      if names == VECTOR or not values[name] then gone[#gone + 1] = name end
     end
   end
   if #gone > 0 then redis.call('HDEL', key, unpack(gone)) end
@@ -314,10 +315,12 @@ end
 local function update(keys, args)
   local ctx, record, expected = context_of(keys, args), parsed(args, 7), whole(args[6], 0, 2 ^ 53)
   if not (ctx and record and expected) then return misuse('rm_update meta ids log turns | …') end
-  local refusal = wrong_types(ctx, { record.id }) or unready(ctx, { record })
-  if refusal then return refusal end
+  local wrong = wrong_types(ctx, { record.id })
+  if wrong then return wrong end
   local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'version', 'created_at', 'superseded_by')
   if not old[1] then return { 'MISSING' } end
+  local refusal = unready(ctx, { record })
+  if refusal then return refusal end
   if (whole(old[2], 0, 2 ^ 53) or 0) ~= expected then return { 'STALE', old[2] or '0' } end
 
   local version, stale, keep = bump(ctx), {}, record.kind == 'keep'
@@ -359,7 +362,7 @@ local function correct(keys, args)
   local record = count and parsed(args, 7 + count)
   if not (ctx and record) then return misuse('rm_correct meta ids log turns | …') end
   local olds = { unpack(args, 7, 6 + count) }
-  local refusal = wrong_types(ctx, { record.id, unpack(olds) }) or unready(ctx, { record })
+  local refusal = wrong_types(ctx, { record.id, unpack(olds) })
   if refusal then return refusal end
   local done = 0
   for _, id in ipairs(olds) do
@@ -367,6 +370,8 @@ local function correct(keys, args)
     if not old[1] then return { 'MISSING', id } end
     if old[2] == record.id then done = done + 1 end
   end
+  refusal = unready(ctx, { record })
+  if refusal then return refusal end
   local there = redis.call('HMGET', ctx.prefix .. record.id, 'content_hash', 'version', 'embedder', 'text',
     'superseded_by')
   local same = there[4] and there[1] == record.values.content_hash and not there[5]
@@ -379,6 +384,11 @@ local function correct(keys, args)
   local stale = {}
   local outcome, version = put_one(ctx, record, stale)
   for _, id in ipairs(olds) do
+    if place(ctx, id) ~= '' then
+      -- its vector was made from the turn before as well, whose delete will not find it any more
+      redis.call('HDEL', ctx.prefix .. id, unpack(VECTOR))
+      stale[#stale + 1] = id
+    end
     unlink(ctx, id, stale)
     version = bump(ctx)
     redis.call('HSET', ctx.prefix .. id, 'superseded_by', record.id, 'version', version,

@@ -10,6 +10,9 @@ from datetime import datetime
 #: words of one query; a longer text is cut, its first words usually say what it is about
 MAX_QUERY_WORDS = 64
 
+#: bytes of a word that RediSearch 2.10 stores; longer ones are never found
+MAX_WORD_BYTES = 128
+
 #: dropped from queries unless nothing else is left (the index itself keeps every word)
 STOP_WORDS = frozenset(
     """a about after again all also am an and any are as at be because been before being but by can could
@@ -33,6 +36,7 @@ _REDISEARCH_SEPARATORS = re.compile(r"""[ \t,.<>{}\[\]"':;!@#$%^&*()\-+=~|/?`]+"
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
 )
+_LONG_WORD = re.compile(rf"\w{{{MAX_WORD_BYTES + 1}}}")
 _NOT_PLAIN = re.compile(r"[^\t\x20-\x7e]|\\")
 
 
@@ -48,7 +52,8 @@ def text_words(text: str) -> list[str]:
         shapes = dict.fromkeys((text.casefold(), unicodedata.normalize("NFKC", text).casefold()))
         words = list(dict.fromkeys(word for shape in shapes for word in _shape_words(shape)))
         words.extend(bare for word in words.copy() if (bare := _without_accents(word)))
-    return [word for word in words if word.strip("_")]  # RediSearch takes a lone _ for every memory
+    # RediSearch takes a lone _ for every memory, and stores no more than 128 bytes of a word
+    return [word.encode()[:MAX_WORD_BYTES].decode("utf-8", "ignore") for word in words if word.strip("_")]
 
 
 def _shape_words(folded: str) -> Iterator[str]:
@@ -71,7 +76,7 @@ def extra_words(text: str) -> str:
     escapes (RediSearch 2.10.5): words at line ends or in curly quotes, capitals with accents, CJK and
     Windows paths would be lost.
     """
-    if not _NOT_PLAIN.search(text):
+    if not _NOT_PLAIN.search(text) and not _LONG_WORD.search(text):
         return ""
     single = [char for run in _UNSPACED.findall(unicodedata.normalize("NFKC", text)) for char in run]
     found = set() if "\\" in text else set(_REDISEARCH_SEPARATORS.split(ascii_lower(text)))
