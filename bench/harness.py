@@ -96,7 +96,7 @@ class Connection:
 
     async def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
         """Return status and body of one request."""
-        if self._streams is None:
+        if self._streams is None or self._streams[0].at_eof():  # idle ones are closed by the server
             self._streams = await asyncio.open_connection(self._host, self._port)
         reader, writer = self._streams
         content = json.dumps(body).encode() if body is not None else b""

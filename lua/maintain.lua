@@ -3,8 +3,8 @@
 -- Rebuilds what is derived of one owner, in slices, while the owner is served.
 --
 -- Functions (KEYS -> ARGV -> reply)
---   rm_adopt_v1    alias ids | prefix offset limit  -> OK found added; lists memories that another service
---                  wrote, so that the others see them; fewer found than limit ends the walk
+--   rm_adopt_v1    alias ids meta | prefix offset limit -> OK found added; lists memories that another
+--                  service wrote, so that the others see them; fewer found than limit ends the walk
 --   rm_reindex_v1  ids | prefix, ids …             -> how many exist; indexes these memories again
 --   rm_begin_v1    index meta | embedder restart(0/1), FT.CREATE arguments …
 --                  -> GONE | STARTED | RESUMED: an index for the vectors of the next embedder
@@ -37,14 +37,16 @@ local function preceding(turns, id)
 end
 
 local function adopt(keys, args)
-  local alias, ids, prefix = keys[1], keys[2], args[1]
+  local alias, ids, meta, prefix = keys[1], keys[2], keys[3], args[1]
   local offset, limit = whole(args[2], 0, 1e7), whole(args[3], 1, 1000)
-  if not (ids and offset and limit) then return misuse('rm_adopt alias ids | prefix offset limit') end
+  if not (meta and offset and limit) then return misuse('rm_adopt alias ids meta | prefix offset limit') end
   local found = redis.pcall('FT.SEARCH', alias, '*', 'NOCONTENT', 'SORTBY', 'created_at', 'LIMIT', offset, limit)
   if found.err then return { 'OK', 0, 0 } end
   local added = 0
   for i = 2, #found do
-    local created_at = tonumber(redis.call('HGET', found[i], 'created_at') or '') or 0
+    local raw = redis.call('HMGET', found[i], 'created_at', 'superseded_by')
+    if raw[2] then redis.call('HSET', meta, 'superseded', 1) end
+    local created_at = tonumber(raw[1] or '') or 0
     if not (created_at > -1e12 and created_at < 1e12) then created_at = 0 end
     added = added + redis.call('ZADD', ids, 'NX', string.format('%.6f', created_at),
       string.sub(found[i], #prefix + 1))

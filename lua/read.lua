@@ -3,9 +3,10 @@
 -- Reads one owner's memories in one round trip; changes nothing, so replicas may run it.
 --
 -- Functions (KEYS -> ARGV -> reply), all no-writes
---   rm_search_ro_v1  alias meta turns | prefix mode vector embedder words words_query filter candidates limit
---                    timeout_ms word_weight neighbour_share other_speaker min_similarity recency_weight half_life_s
---                    importance_weight now_s explain(0/1), fields …
+--   rm_search_ro_v1  alias meta turns | prefix mode vector embedder words words_query filter
+--                    unfiltered_query candidates limit timeout_ms word_weight neighbour_share other_speaker min_similarity recency_weight half_life_s
+--                    importance_weight now_s explain(0/1), fields …; unfiltered_query is - unless the
+--                    filter only hides superseded memories: it serves where there never was one
 --                    -> NOINDEX | OK generation total note, then a hit: id score parts fields; parts is nil
 --                    or similarity words semantic keyword neighbours relevance recency importance;
 --                    note EMBEDDER: the store's vectors are of another embedder, words only
@@ -151,16 +152,17 @@ local function search(keys, args)
   local query = {
     alias = keys[1], turns = keys[3],
     prefix = args[1], skip = #(args[1] or '') + 1, mode = args[2], vector = args[3], words = args[5],
-    worded = args[6], filter = args[7], candidates = tonumber(args[8] or ''), timeout_ms = args[10],
-    share = tonumber(args[12] or ''), other_speaker = tonumber(args[13] or ''),
-    min_similarity = tonumber(args[14] or ''), recency_weight = tonumber(args[15] or ''),
-    half_life_s = tonumber(args[16] or ''), importance_weight = tonumber(args[17] or ''),
-    now_s = tonumber(args[18] or ''),
+    worded = args[6], filter = args[7], candidates = tonumber(args[9] or ''), timeout_ms = args[11],
+    share = tonumber(args[13] or ''), other_speaker = tonumber(args[14] or ''),
+    min_similarity = tonumber(args[15] or ''), recency_weight = tonumber(args[16] or ''),
+    half_life_s = tonumber(args[17] or ''), importance_weight = tonumber(args[18] or ''),
+    now_s = tonumber(args[19] or ''),
   }
-  local limit, word_weight, explain = tonumber(args[9] or ''), tonumber(args[11] or ''), args[19] == '1'
+  local limit, word_weight, explain = tonumber(args[10] or ''), tonumber(args[12] or ''), args[20] == '1'
   if not (query.turns and query.now_s) then return misuse('rm_search_ro alias meta turns | …') end
 
-  local known = redis.call('HMGET', meta, 'generation', 'embedder')
+  local known = redis.call('HMGET', meta, 'generation', 'embedder', 'superseded')
+  if args[8] ~= '-' and not known[3] then query.worded, query.filter = args[8], '*' end
   local generation, note = known[1] or '0', ''
   if query.vector ~= '' and known[2] and known[2] ~= args[4] then note, query.vector = 'EMBEDDER', '' end
   if query.vector == '' then query.min_similarity = nil end
@@ -208,7 +210,7 @@ local function search(keys, args)
         text17(support[id] or 0), text17(relevance[id]), text17(hit.recency), text17(hit.importance),
       }
     end
-    reply[at + 4] = redis.call('HMGET', query.prefix .. id, unpack(args, 20))
+    reply[at + 4] = redis.call('HMGET', query.prefix .. id, unpack(args, 21))
   end
   return reply
 end

@@ -265,6 +265,7 @@ local function put_one(ctx, record, stale)
   relink(ctx, record, values.superseded_by, stale)
   local embedded = write_record(ctx, record, version, created_at, there and { CONTENT, ORIGIN, VECTOR } or {})
   drop_successor(ctx, record.id, stale)
+  if values.superseded_by then redis.call('HSET', ctx.meta, 'superseded', 1) end
   log(ctx, there and 'updated' or 'created', record.id, version)
   return there and 'UPDATED' or 'CREATED', version, embedded
 end
@@ -395,6 +396,7 @@ local function correct(keys, args)
       'updated_at', string.format('%.6f', ctx.now_ms / 1000))
     log(ctx, 'superseded', id, version, record.id)
   end
+  redis.call('HSET', ctx.meta, 'superseded', 1)
   log(ctx, 'corrects', record.id, version, cjson.encode(olds))
   local raw = redis.call('HMGET', ctx.prefix .. record.id, 'version', 'embedder')
   return { outcome, version, raw[1], raw[2] and 1 or 0, stale }

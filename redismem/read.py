@@ -22,6 +22,7 @@ from redismem.keys import Owner
 from redismem.lualib import Functions
 from redismem.query import filter_query, words_query
 from redismem.types import (
+    Filters,
     Hit,
     ScoreParts,
     SearchReply,
@@ -150,9 +151,10 @@ class Reader:
             query.timeout_ms = max(1, int(request.max_ms - _ms(time.perf_counter() - started)))
         candidates = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * request.limit)
         words, filter_ = query_words(request.text or ""), filter_query(request.filters)
+        unfiltered = words_query(words, "*") if request.filters == Filters() else "-"
         return [
             *(owner.memory_prefix, query.mode, query.vector, self._embedder.name),
-            *(" ".join(words), words_query(words, filter_), filter_),
+            *(" ".join(words), words_query(words, filter_), filter_, unfiltered),
             *(candidates, request.limit, query.timeout_ms, WORD_WEIGHT, NEIGHBOUR_SHARE, OTHER_SPEAKER),
             "" if request.min_similarity is None else request.min_similarity,
             *(request.recency_weight, request.recency_half_life_days * 86_400, request.importance_weight),

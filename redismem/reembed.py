@@ -63,7 +63,7 @@ class Reembedder:
         offset, found = 0, _WALK
         while found == _WALK:
             _, found, _ = await self._functions.call(
-                "rm_adopt_v1", [owner.index, owner.ids], owner.memory_prefix, offset, _WALK
+                "rm_adopt_v1", [owner.index, owner.ids, owner.meta], owner.memory_prefix, offset, _WALK
             )
             offset += found
 

@@ -58,7 +58,7 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
             [owner.index, owner.meta, owner.ids, owner.log, owner.turns],
             [owner.memory_prefix, 1, owner.physical_index("embedding")],
         ),
-        ("rm_adopt_v1", [owner.index, owner.ids], [owner.memory_prefix, 0, 10]),
+        ("rm_adopt_v1", [owner.index, owner.ids, owner.meta], [owner.memory_prefix, 0, 10]),
         ("rm_reindex_v1", [owner.ids], [owner.memory_prefix, "a", "b"]),
         (
             "rm_begin_v1",
