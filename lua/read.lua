@@ -5,8 +5,8 @@
 -- Functions (KEYS -> ARGV -> reply), all no-writes
 --   rm_search_ro_v1  alias meta turns | prefix mode vector embedder words words_query filter
 --                    unfiltered_query candidates limit timeout_ms word_weight neighbour_share other_speaker min_similarity recency_weight half_life_s
---                    importance_weight now_s explain(0/1), fields …; unfiltered_query is - unless the
---                    filter only hides superseded memories: it serves where there never was one
+--                    importance_weight now_s explain(0/1) fields (parted by blanks); unfiltered_query is -
+--                    unless the filter only hides superseded memories: it serves where there never was one
 --                    -> NOINDEX | OK generation total note, then a hit: id score parts fields; parts is nil
 --                    or similarity words semantic keyword neighbours relevance recency importance;
 --                    note EMBEDDER: the store's vectors are of another embedder, words only
@@ -94,7 +94,7 @@ local function in_conversation(fused, query)
     ids[#ids + 1] = id
     fields[#fields + 1] = 'l' .. id
   end
-  if #ids == 0 then return relevance, {} end
+  if #ids == 0 or redis.call('EXISTS', query.turns) == 0 then return fused, {} end
   local position, asked, words = {}, false, {}
   for word in string.gmatch(query.words, '%S+') do words[word] = true end
   for i, raw in ipairs(redis.call('HMGET', query.turns, unpack(fields))) do
@@ -128,7 +128,8 @@ local function before(a, b)
   return a.id < b.id
 end
 
-local function ranked(relevance, cosine, query)
+-- the best hits in order; an insertion into a short list beats sorting all candidates
+local function ranked(relevance, cosine, query, limit)
   local hits = {}
   for id, score in pairs(relevance) do
     if not query.min_similarity or (cosine[id] and cosine[id] >= query.min_similarity) then
@@ -140,10 +141,14 @@ local function ranked(relevance, cosine, query)
         hit.score = (1 - query.recency_weight - query.importance_weight) * score
           + query.recency_weight * hit.recency + query.importance_weight * hit.importance
       end
-      hits[#hits + 1] = hit
+      local at = #hits + 1
+      while at > 1 and before(hit, hits[at - 1]) do at = at - 1 end
+      if at <= limit then
+        table.insert(hits, at, hit)
+        hits[limit + 1] = nil
+      end
     end
   end
-  table.sort(hits, before)
   return hits
 end
 
@@ -198,11 +203,11 @@ local function search(keys, args)
     if query.mode == 'hybrid' then relevance, support = in_conversation(relevance, query) end
   end
 
-  local hits = ranked(relevance, cosine, query)
+  local hits, fields = ranked(relevance, cosine, query, limit), {}
+  for name in string.gmatch(args[21] or '', '%S+') do fields[#fields + 1] = name end
   local reply = { 'OK', generation, total or 0, note }
-  for i = 1, math.min(limit, #hits) do
-    local hit, at = hits[i], #reply
-    local id = hit.id
+  for i, hit in ipairs(hits) do
+    local id, at = hit.id, 4 * i
     reply[at + 1], reply[at + 2], reply[at + 3] = id, text17(hit.score), false
     if explain then
       reply[at + 3] = {
@@ -210,7 +215,7 @@ local function search(keys, args)
         text17(support[id] or 0), text17(relevance[id]), text17(hit.recency), text17(hit.importance),
       }
     end
-    reply[at + 4] = redis.call('HMGET', query.prefix .. id, unpack(args, 21))
+    reply[at + 4] = redis.call('HMGET', query.prefix .. id, unpack(fields))
   end
   return reply
 end

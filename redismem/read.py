@@ -48,8 +48,8 @@ OTHER_SPEAKER = 0.5
 #: milliseconds RediSearch may take when the request sets no `max_ms`
 DEFAULT_TIMEOUT_MS = 500
 
-_LOG_PAGE = 1000
-_EXPORT_PAGE = 200
+
+_FIELDS = " ".join(READ_FIELDS)
 
 
 @dataclass(slots=True)
@@ -158,7 +158,7 @@ class Reader:
             *(candidates, request.limit, query.timeout_ms, WORD_WEIGHT, NEIGHBOUR_SHARE, OTHER_SPEAKER),
             "" if request.min_similarity is None else request.min_similarity,
             *(request.recency_weight, request.recency_half_life_days * 86_400, request.importance_weight),
-            *(repr(self._clock()), int(request.explain), *READ_FIELDS),
+            *(repr(self._clock()), int(request.explain), _FIELDS),
         ]
 
     def _reply(self, query: _Query, raw: list[Any]) -> SearchReply:
