@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import ipaddress
-import os
-import signal
-import socket
 import sys
-import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import fields, replace
+from contextlib import contextmanager
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import urlsplit
 
 import click
 import msgspec
-import uvicorn
 
 from redismem.demo import run_demo
 from redismem.doctor import examine
-from redismem.embedded import EmbeddedRedis
-from redismem.errors import InvalidInput, Misconfigured, RedisMemError, RedisUnavailable
+from redismem.errors import InvalidInput, RedisMemError, RedisUnavailable
 from redismem.keys import Owner
 from redismem.progress import console, findings_table, hits_caption, hits_table, memory_table, steps
 from redismem.reembed import Reembedder
+from redismem.serve import run_service
 from redismem.service import Service, open_service
 from redismem.settings import Settings
 from redismem.store import owners
@@ -45,9 +37,6 @@ _IMPORT_SLICE = 100
 
 #: refused lines that are named; the rest are counted
 _NAMED_LINES = 100
-
-#: seconds that running requests may still take after SIGTERM
-_GRACE_S = 10
 
 _START_REDIS = "Start the server of REDISMEM_REDIS_URL, or unset it to use the embedded one."
 
@@ -371,123 +360,8 @@ def doctor(settings: Settings, as_json: bool, repair: bool) -> None:
 @_settled
 def serve(settings: Settings, insecure: bool) -> None:
     """Run the HTTP service until SIGTERM or Ctrl-C."""
-    if not (insecure or _is_loopback(settings.host)):
-        raise Misconfigured(
-            f"{settings.host} can be reached from other machines, and there are no API keys yet: "
-            "listen on 127.0.0.1 (behind a proxy that asks for a key), or add --insecure."
-        )
-    if settings.workers > 1 and "REDISMEM_EMBEDDER_THREADS" not in os.environ:
-        share = max(1, (os.cpu_count() or 1) // settings.workers)
-        settings = replace(settings, embedder_threads=min(settings.embedder_threads, share))
-    # uvicorn raises the signal that ended it once more; the rest of this function must still run then
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), _redis_of(settings) as (url, where):
-        settings = replace(settings, redis_url=url)
-        asyncio.run(_check(settings))
-        settings = replace(settings, port=_free_port(settings.host, settings.port))
-        os.environ.update(_environment(settings))
-        threading.Thread(target=_announce, args=(settings, where), daemon=True).start()
-        _serve(settings)
-
-
-def _serve(settings: Settings) -> None:
-    try:
-        uvicorn.run(
-            "redismem.http.app:worker_app",
-            factory=True,
-            host=settings.host,
-            port=settings.port,
-            workers=settings.workers,
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            access_log=False,
-            proxy_headers=False,
-            log_config=_logging(settings),
-            timeout_graceful_shutdown=_GRACE_S,
-        )
-    except SystemExit as exc:  # uvicorn has logged why
-        raise click.exceptions.Exit(1) from exc
-
-
-def _logging(settings: Settings) -> dict[str, Any]:
-    """Return what the service's processes log, on stderr; of several workers also their ends and starts."""
-    levels = {"redismem": "INFO", "uvicorn.error": "INFO" if settings.workers > 1 else "WARNING"}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-        "root": {"handlers": ["stderr"], "level": "WARNING"},
-        "loggers": {name: {"level": level} for name, level in levels.items()},
-    }
-
-
-@contextmanager
-def _redis_of(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield the URL of the Redis to use, started if none is named, and how to show it."""
-    if settings.redis_url:
-        url = urlsplit(settings.redis_url)
-        port = f":{url.port}" if url.port else ""
-        yield settings.redis_url, f"{url.scheme}://{url.hostname or ''}{port}{url.path}"
-        return
-    with asyncio.Runner() as runner:
-        stack = AsyncExitStack()
-        try:
-            redis = runner.run(stack.enter_async_context(EmbeddedRedis(settings.data_dir)))
-            if redis.pid is None:  # it would end with its owner, and the service would be without
-                raise Misconfigured(
-                    f"Another redismem process runs the Redis of {settings.data_dir}: "
-                    "end it, or name another --data-dir."
-                )
-            yield redis.url, f"{settings.data_dir} (embedded Redis)"
-        finally:
-            runner.run(stack.aclose())
-
-
-async def _check(settings: Settings) -> None:
-    """Raise what would keep the workers from starting, before there are any."""
-    async with open_service(settings):
-        pass
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def _free_port(host: str, port: int) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as exc:
-            raise Misconfigured(
-                f"Cannot listen on {host}, port {port} ({exc}): "
-                "end what listens there, or choose another --port."
-            ) from exc
-        return int(probe.getsockname()[1])
-
-
-def _environment(settings: Settings) -> dict[str, str]:
-    """Return the variables that a worker reads as these settings."""
-    values = {name: getattr(settings, name) for name in _FIELDS}
-    return {
-        f"REDISMEM_{name.upper()}": str(int(value) if isinstance(value, bool) else value)
-        for name, value in values.items()
-    }
-
-
-def _announce(settings: Settings, where: str) -> None:
-    """Print the address as soon as somebody listens there."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104  # compared only
-    while True:
-        with suppress(OSError), socket.create_connection((host, settings.port), timeout=1):
-            break
-        time.sleep(0.02)
-    base = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
-    click.echo(f"redismem serves {base}, documentation at {base}/docs\nData: {where}\nCtrl-C stops.")
+    if run_service(settings, insecure=insecure):
+        raise click.exceptions.Exit(1)
 
 
 @main.command()

@@ -98,6 +98,14 @@ class Settings:
         values.update({name: value for name, value in chosen.items() if value is not None})
         return cls(**values)  # type: ignore[arg-type]  # each value was parsed by its field's type
 
+    def to_environment(self) -> dict[str, str]:
+        """Return the variables from which another process reads these settings."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {
+            _PREFIX + name.upper(): str(int(value) if isinstance(value, bool) else value)
+            for name, value in values.items()
+        }
+
 
 #: name, lowest, highest
 _RANGES = (

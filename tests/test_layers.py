@@ -32,6 +32,7 @@ RANKS = {
     "http": 8,
     "doctor": 8,
     "progress": 1,
+    "serve": 9,
     "demo": 9,
     "cli": 10,
     "__main__": 11,

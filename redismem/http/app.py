@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import re
 import secrets
+import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from multiprocessing.process import BaseProcess
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -131,5 +135,12 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
 
 
 def worker_app() -> ASGIApp:
-    """Return the application of one uvicorn worker, set up by the environment."""
+    """Return the application of one uvicorn worker, set up by the environment; it ends with its parent."""
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     return create_app()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    signal.raise_signal(signal.SIGTERM)

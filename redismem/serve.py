@@ -1,0 +1,148 @@
+"""Runs the HTTP service: one Redis, checked before any worker starts, and uvicorn's workers on it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+
+from redismem.embedded import EmbeddedRedis
+from redismem.errors import Misconfigured
+from redismem.service import open_service
+from redismem.settings import Settings
+
+#: seconds that running requests may still take after SIGTERM
+_GRACE_S = 10
+
+
+def run_service(settings: Settings, *, insecure: bool) -> bool:
+    """Serve until SIGTERM or Ctrl-C; return whether it failed, which uvicorn has logged.
+
+    Args:
+        insecure: listen where other machines reach it, although there are no API keys.
+
+    Raises:
+        Misconfigured, EmbedderMismatch, Unavailable: it cannot start like this.
+    """
+    if not (insecure or _is_loopback(settings.host)):
+        raise Misconfigured(
+            f"{settings.host} can be reached from other machines, and there are no API keys yet: "
+            "listen on 127.0.0.1 (behind a proxy that asks for a key), or add --insecure."
+        )
+    if settings.workers > 1 and "REDISMEM_EMBEDDER_THREADS" not in os.environ:
+        share = max(1, (os.cpu_count() or 1) // settings.workers)
+        settings = replace(settings, embedder_threads=min(settings.embedder_threads, share))
+    # uvicorn raises the signal that ended it once more; the rest of this function must still run then
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed = False
+    with suppress(KeyboardInterrupt), _redis_of(settings) as (url, where):
+        settings = replace(settings, redis_url=url)
+        asyncio.run(_check(settings))
+        settings = replace(settings, port=_free_port(settings.host, settings.port))
+        os.environ.update(settings.to_environment())
+        threading.Thread(target=_announce, args=(settings, where), daemon=True).start()
+        failed = _serve(settings)
+    return failed
+
+
+def _serve(settings: Settings) -> bool:
+    try:
+        uvicorn.run(
+            "redismem.http.app:worker_app",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            access_log=False,
+            proxy_headers=False,
+            log_config=_logging(settings),
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+    except SystemExit:  # uvicorn has logged why
+        return True
+    return False
+
+
+def _logging(settings: Settings) -> dict[str, Any]:
+    """Return what the service's processes log, on stderr; of several workers also their ends and starts."""
+    levels = {"redismem": "INFO", "uvicorn.error": "INFO" if settings.workers > 1 else "WARNING"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+        "root": {"handlers": ["stderr"], "level": "WARNING"},
+        "loggers": {name: {"level": level} for name, level in levels.items()},
+    }
+
+
+@contextmanager
+def _redis_of(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield the URL of the Redis to use, started if none is named, and how to show it."""
+    if settings.redis_url:
+        url = urlsplit(settings.redis_url)
+        port = f":{url.port}" if url.port else ""
+        yield settings.redis_url, f"{url.scheme}://{url.hostname or ''}{port}{url.path}"
+        return
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+        try:
+            redis = runner.run(stack.enter_async_context(EmbeddedRedis(settings.data_dir)))
+            if redis.pid is None:  # it would end with its owner, and the service would be without
+                raise Misconfigured(
+                    f"Another redismem process runs the Redis of {settings.data_dir}: "
+                    "end it, or name another --data-dir."
+                )
+            yield redis.url, f"{settings.data_dir} (embedded Redis)"
+        finally:
+            runner.run(stack.aclose())
+
+
+async def _check(settings: Settings) -> None:
+    """Raise what would keep the workers from starting, before there are any."""
+    async with open_service(settings):
+        pass
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _free_port(host: str, port: int) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as exc:
+            raise Misconfigured(
+                f"Cannot listen on {host}, port {port} ({exc}): "
+                "end what listens there, or choose another --port."
+            ) from exc
+        return int(probe.getsockname()[1])
+
+
+def _announce(settings: Settings, where: str) -> None:
+    """Print the address as soon as somebody listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104  # compared only
+    while True:
+        with suppress(OSError), socket.create_connection((host, settings.port), timeout=1):
+            break
+        time.sleep(0.02)
+    base = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    print(f"redismem serves {base}, documentation at {base}/docs\nData: {where}\nCtrl-C stops.", flush=True)
