@@ -78,7 +78,8 @@ def extra_words(text: str) -> str:
     """
     if not _NOT_PLAIN.search(text) and not _LONG_WORD.search(text):
         return ""
-    single = [char for run in _UNSPACED.findall(unicodedata.normalize("NFKC", text)) for char in run]
+    runs = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    single = [char for run in runs for part in _UNSPACED.findall(run) for char in part]
     found = set() if "\\" in text else set(_REDISEARCH_SEPARATORS.split(ascii_lower(text)))
     return " ".join(dict.fromkeys(word for word in (*text_words(text), *single) if word not in found))
 

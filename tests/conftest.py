@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import httpx
+import hypothesis
 import pytest
 
 from redismem.client import Client
@@ -18,6 +19,10 @@ from redismem.http.app import create_app
 from redismem.keys import Owner
 from redismem.service import Service, open_service
 from redismem.settings import Settings
+
+# the same examples in every run: a change is judged by what it changed
+hypothesis.settings.register_profile("redismem", derandomize=True, database=None)
+hypothesis.settings.load_profile("redismem")
 
 #: every key the store may hold: pattern -> whether it may live without a TTL
 SCHEMA = {
