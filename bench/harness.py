@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from redis import Redis
 
 #: words of the sample life that ships with the package, the frequent ones often: natural to a tokenizer
 _LIFE = Path(__file__).parent.parent / "redismem" / "data" / "sample_life.jsonl"
@@ -38,7 +39,8 @@ class Server:
 
     url: str
     redis_url: str
-    data_dir: Path
+    #: redis_version, search_version and used_memory of INFO when it was ready
+    redis_info: dict[str, Any]
 
 
 @contextmanager
@@ -62,7 +64,11 @@ def running_server(**environment: str) -> Iterator[Server]:
         url = f"http://127.0.0.1:{port}"
         try:
             _wait_ready(url, process, Path(log.name))
-            yield Server(url, f"unix://{data_dir / 'redis.sock'}", data_dir)
+            redis_url = f"unix://{data_dir / 'redis.sock'}"
+            with Redis.from_url(redis_url) as redis:
+                info = redis.info("everything")
+            told = {name: info.get(name) for name in ("redis_version", "search_version", "used_memory")}
+            yield Server(url, redis_url, told)
         finally:
             process.send_signal(signal.SIGTERM)
             try:

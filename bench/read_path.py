@@ -132,7 +132,7 @@ def main() -> None:
     for name, row in figures.items():
         cells = (f"{row[c]['p50']:.2f} / {row[c]['p95']:.2f} / {row[c]['p99']:.2f}" for c in columns)
         print(f"{name:28}" + "".join(f"{cell:>22}" for cell in cells) + f"  +{row['over_floor_p50_ms']:.2f}")
-    print(write_result("read_path", {"figures": figures}))
+    print(write_result("read_path", {"redis": server.redis_info, "figures": figures}))
 
 
 if __name__ == "__main__":

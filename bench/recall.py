@@ -123,7 +123,7 @@ def main() -> None:
     for row in rows:
         print(f"{row:14}" + "".join(f"{figures[mode][row]:10}" for mode in MODES))
     data = b"".join(path.read_bytes() for path in files)
-    print(write_result("recall", {"figures": figures}, data))
+    print(write_result("recall", {"redis": server.redis_info, "figures": figures}, data))
 
 
 if __name__ == "__main__":

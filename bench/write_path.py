@@ -122,10 +122,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with running_server() as server:
         figures = {"with embedding": asyncio.run(run(server, embedding=True, quick=arguments.quick))}
+        info = server.redis_info
     with running_server(**WITHOUT_EMBEDDING) as server:
         figures["without embedding"] = asyncio.run(run(server, embedding=False, quick=arguments.quick))
     print(json.dumps(figures, indent=1))
-    print(write_result("write_path", {"figures": figures}))
+    print(write_result("write_path", {"redis": info, "figures": figures}))
 
 
 if __name__ == "__main__":
