@@ -45,6 +45,9 @@ from redismem.words import speaker
 #: memories deleted by one call of rm_forget; holds Redis for about 10 ms
 FORGET_SLICE = 500
 
+#: a request of so few memories is embedded among the queries, because someone waits for it; more let them pass
+_URGENT_MEMORIES = 4
+
 #: a derived id met other content this often: the content changed back and forth as often
 _MAX_ID_ATTEMPTS = 100
 
@@ -180,7 +183,7 @@ class Writer:
     async def _embed(self, records: list[_Record]) -> None:
         turns = [Turn(record.memory.text, record.prev_text) for record in records]
         try:
-            vectors = await turn_vectors(self._embedder, turns)
+            vectors = await turn_vectors(self._embedder, turns, urgent=len(turns) <= _URGENT_MEMORIES)
         except Unavailable:
             return  # stored without vectors; Backfill tries again
         for record, vector in zip(records, vectors, strict=True):
