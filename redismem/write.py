@@ -45,7 +45,7 @@ from redismem.words import speaker
 #: memories deleted by one call of rm_forget; holds Redis for about 10 ms
 FORGET_SLICE = 500
 
-#: a request of so few memories is embedded among the queries, because someone waits for it; more let them pass
+#: a request of so few memories is embedded among the queries, because someone waits for it
 _URGENT_MEMORIES = 4
 
 #: a derived id met other content this often: the content changed back and forth as often
