@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from redismem.client import Argument, Client, FunctionMissing
-from redismem.errors import Misconfigured, RedisUnavailable
+from redismem.errors import Misconfigured, RedisUnavailable, StoreError
 from redismem.keys import FUNCTIONS_LOCK
 
 _NAME = re.compile(r"\A#!lua name=(\w+)")
@@ -81,9 +81,7 @@ async def load_libraries(client: Client) -> list[str]:
         outdated = _outdated(await loaded_versions(client))
         for library in outdated:
             await client.execute("FUNCTION", "LOAD", "REPLACE", library.code)
-    except RedisUnavailable:
-        raise
-    except Exception as exc:
+    except StoreError as exc:
         raise Misconfigured(f"Redis refused our function libraries; it needs FUNCTION LOAD: {exc}") from exc
     finally:
         await client.execute("EVAL", _UNLOCK, 1, FUNCTIONS_LOCK, token)
