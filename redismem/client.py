@@ -30,7 +30,7 @@ class Client:
     def __init__(self, settings: Settings, url: str) -> None:
         pool = BlockingConnectionPool.from_url(
             url,
-            max_connections=settings.redis_connections,
+            max_connections=64,
             timeout=POOL_WAIT_S,
             protocol=2,
             socket_timeout=settings.redis_timeout_s,

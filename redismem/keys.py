@@ -22,10 +22,32 @@ STORE = "redismem:store"
 #: held while function libraries are loaded, so that two starters cannot downgrade each other
 FUNCTIONS_LOCK = "redismem:lock:functions"
 
+#: hash of the processes whose L1 may answer: process id -> "", each field with a TTL
+LEASES = "redismem:leases"
+
+#: channel of barriers, heard by every process; a process's own channel is this, a colon and its id
+COHERENCE_CHANNEL = "redismem:coherence"
+
+MEMORY_PREFIX = "redismem:memory:"
+
 #: vector fields of a record; re-embedding fills the idle one and then switches
 VECTOR_FIELDS = ("embedding", "embedding_next")
 
 META_PATTERN = "redismem:meta:*"
+
+
+def embedding_key(model: str, digest: str) -> str:
+    """Return the key of a cached query vector; `digest` is hexadecimal."""
+    return f"redismem:embed:{_encoded(model)}:{digest}"
+
+
+def split_memory_key(key: str) -> tuple[str, str] | None:
+    """Return owner tag and memory id of a memory's key; None for any other."""
+    rest = key.removeprefix(MEMORY_PREFIX)
+    tag, found, memory_id = rest.partition("}:")
+    if rest == key or not found or not tag.startswith("{"):
+        return None
+    return tag[1:], memory_id
 
 
 def _encoded(part: str) -> str:
@@ -63,7 +85,7 @@ class Owner:
 
     @property
     def memory_prefix(self) -> str:
-        return f"redismem:memory:{{{self.tag}}}:"
+        return f"{MEMORY_PREFIX}{{{self.tag}}}:"
 
     def memory(self, memory_id: str) -> str:
         return self.memory_prefix + memory_id
@@ -91,3 +113,18 @@ class Owner:
     @property
     def turns(self) -> str:
         return f"redismem:turns:{{{self.tag}}}"
+
+    @property
+    def searches(self) -> str:
+        """Cached searches (L2): digest of the request -> generation, total, ids and scores."""
+        return f"redismem:search:{{{self.tag}}}"
+
+    @property
+    def hot(self) -> str:
+        """Last access of hot memories, ms."""
+        return f"redismem:hot:{{{self.tag}}}"
+
+    @property
+    def hits(self) -> str:
+        """Access counts of hot memories."""
+        return f"redismem:hits:{{{self.tag}}}"

@@ -33,10 +33,11 @@ class Settings:
     redis_url: str = field(default="", repr=False)
     #: directory of the embedded server's append-only files
     data_dir: Path = field(default_factory=_default_data_dir)
-    #: connections to Redis per process; more than the concurrent searches one process can serve
-    redis_connections: int = 64
+    #: calls that may wait for Redis at once, per process; more are refused with 503, because Redis is single
+    #: threaded and a longer queue only makes everyone late
+    redis_in_flight: int = 1024
     #: seconds until an unanswered Redis call is an error; a slice of the longest Function takes 0.02
-    redis_timeout_s: float = 5.0
+    redis_timeout_s: float = 2.0
 
     #: address to serve on; loopback only, because without API keys anyone who connects may read
     host: str = "127.0.0.1"
@@ -61,6 +62,30 @@ class Settings:
     embedder_threads: int = 2
     #: allows the deterministic embedder, whose vectors carry no meaning
     testing: bool = False
+
+    #: entries of the in-process cache (L1); 0 turns it off
+    l1_entries: int = 100_000
+    #: bytes of L1, measured as the process really holds them
+    l1_bytes: int = 64 * 1024 * 1024
+    #: cached searches a user in Redis (L2), about 0.4 KB each; 0 turns it off
+    l2_searches: int = 128
+    #: seconds a cached search may miss a new memory
+    search_ttl_s: float = 60.0
+    #: the same for searches bounded to the past, which new memories rarely join
+    past_search_ttl_s: float = 300.0
+    #: seconds L1 keeps a memory
+    memory_ttl_s: float = 30.0
+    #: seconds the vector of a query is kept in L1 and Redis, 0.8 KB each; vectors never go stale, but fill
+    embedding_ttl_s: float = 600.0
+    #: hot memories kept a user, and seconds since their last access until they are cold
+    hot_capacity: int = 1000
+    hot_ttl_s: float = 1800.0
+    #: seconds L1 may answer on one proof that it missed no invalidation; the longest a strong write waits for
+    #: a process that was killed
+    lease_s: float = 2.0
+    #: answer from L1, within the TTLs above and marked as stale, while Redis is away; a delete that other
+    #: processes acknowledged meanwhile is then not seen
+    stale_if_error: bool = False
 
     #: bytes of a request body; larger ones are refused with 413
     max_body_bytes: int = 1024 * 1024
@@ -109,12 +134,22 @@ class Settings:
 
 #: name, lowest, highest
 _RANGES = (
-    ("redis_connections", 1, 10_000),
+    ("redis_in_flight", 1, 1_000_000),
     ("redis_timeout_s", 0.05, 600),
     ("port", 0, 65_535),
     ("workers", 1, 256),
     ("embedder_deadline_s", 0.05, 600),
     ("embedder_threads", 1, 256),
+    ("l1_entries", 0, 100_000_000),
+    ("l1_bytes", 1024, 1024**4),
+    ("l2_searches", 0, 10_000),
+    ("search_ttl_s", 0.1, 60),
+    ("past_search_ttl_s", 0.1, 300),
+    ("memory_ttl_s", 0.1, 30),
+    ("embedding_ttl_s", 0.1, 86_400),
+    ("hot_capacity", 1, 10_000),
+    ("hot_ttl_s", 1, 30 * 86_400),
+    ("lease_s", 0.2, 10),
     ("max_body_bytes", 1024, 1024**3),
     ("log_length", 1, 10_000_000),
 )

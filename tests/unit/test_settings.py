@@ -16,8 +16,8 @@ from redismem.settings import Settings
     [
         ("REDISMEM_REDIS_URL", "http://localhost"),
         ("REDISMEM_REDIS_URL", "localhost:6379"),
-        ("REDISMEM_REDIS_CONNECTIONS", "0"),
-        ("REDISMEM_REDIS_CONNECTIONS", "many"),
+        ("REDISMEM_REDIS_IN_FLIGHT", "0"),
+        ("REDISMEM_REDIS_IN_FLIGHT", "many"),
         ("REDISMEM_REDIS_TIMEOUT_S", "nan"),
         ("REDISMEM_REDIS_TIMEOUT_S", "inf"),
         ("REDISMEM_REDIS_TIMEOUT_S", "-1"),
@@ -69,7 +69,7 @@ def test_every_field_is_read_from_its_variable() -> None:
     raws = {
         "redis_url": "redis://h",
         "data_dir": "/d",
-        "redis_connections": "3",
+        "redis_in_flight": "3",
         "redis_timeout_s": "1.5",
         "host": "0.0.0.0",
         "port": "1",
@@ -82,6 +82,17 @@ def test_every_field_is_read_from_its_variable() -> None:
         "embedder_deadline_s": "2.5",
         "embedder_threads": "4",
         "testing": "yes",
+        "l1_entries": "7",
+        "l1_bytes": "4096",
+        "l2_searches": "9",
+        "search_ttl_s": "1.5",
+        "past_search_ttl_s": "2.5",
+        "memory_ttl_s": "3.5",
+        "embedding_ttl_s": "4.5",
+        "hot_capacity": "5",
+        "hot_ttl_s": "6.5",
+        "lease_s": "0.5",
+        "stale_if_error": "1",
         "max_body_bytes": "2048",
         "log_length": "5",
     }
@@ -89,7 +100,7 @@ def test_every_field_is_read_from_its_variable() -> None:
     settings = Settings.from_environment({"REDISMEM_" + name.upper(): raw for name, raw in raws.items()})
     for name, raw in raws.items():
         value = getattr(settings, name)
-        assert str(value) == ("True" if name == "testing" else raw)
+        assert str(value) == ("True" if name in ("testing", "stale_if_error") else raw)
         assert type(value) is type(getattr(Settings(), name)) or isinstance(value, Path)
 
 
