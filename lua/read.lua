@@ -1,8 +1,8 @@
 #!lua name=redismem_read
--- Version: 1
--- Reads one owner's memories in one round trip; changes nothing, so replicas may run it.
+-- Version: 2
+-- Reads one owner's memories in one round trip; changes nothing but the cache of searches.
 --
--- Functions (KEYS -> ARGV -> reply), all no-writes
+-- Functions (KEYS -> ARGV -> reply); those with _ro are no-writes, so replicas may run them
 --   rm_search_ro_v1  alias meta turns | prefix mode vector embedder words words_query filter
 --                    unfiltered_query candidates limit timeout_ms word_weight neighbour_share other_speaker min_similarity recency_weight half_life_s
 --                    importance_weight now_s explain(0/1) fields (parted by blanks); unfiltered_query is -
@@ -10,6 +10,14 @@
 --                    -> NOINDEX | OK generation total note, then a hit: id score parts fields; parts is nil
 --                    or similarity words semantic keyword neighbours relevance recency importance;
 --                    note EMBEDDER: the store's vectors are of another embedder, words only
+--   rm_search_v1     alias meta turns searches | the 21 of rm_search_ro, digest ttl_ms capacity min_generation
+--                    -> NOINDEX | OK generation total note l2 or l3, ttl_ms, then the hits as above; l2: a
+--                    cached search of at least that generation; l3: made now and, with a ttl_ms above 0,
+--                    kept. Neither looked up nor kept: explain. Not kept: note EMBEDDER, capacity 0, no
+--                    index, half of timeout_ms used. A cache that cannot be written is no failure
+--   rm_recall_ro_v1  searches | prefix digest min_generation fields (parted by blanks)
+--                    -> MISS | OK generation total ttl_ms, then the hits as above, parts nil: a cached search
+--                    of at least that generation, with its memories as they are now; none may be gone
 --   rm_list_ro_v1    alias meta ids | prefix filter page_filter limit last_moment last_id, fields …
 --                    -> NOINDEX | OK generation total more(0/1), then id fields a memory, newest first and
 --                    by id within one moment, after the last one given ('' and '': from the start)
@@ -18,8 +26,12 @@
 --   rm_turns_ro_v1   turns | prefix, ids …
 --                    -> text content_hash prev_id prev_text prev_hash an id; empty strings where gone
 --
--- Complexity: rm_search O(candidates log candidates) plus two FT.SEARCH (0.3-0.9 ms up to 10,000 memories);
---   the others O(items). Derived keys: prefix .. id.
+-- Complexity: rm_search O(candidates log limit) plus three FT.SEARCH (0.3-0.9 ms up to 10,000 memories);
+--   the others O(items).
+-- Storage: searches hash digest -> generation, total, then id, score a hit; joined by \31; each field has a
+--   TTL (Redis 7.4; nothing is kept on an older one). Full: of five the one that expires soonest goes.
+-- Derived keys: prefix .. id.
+-- Limits: capacity cached searches an owner.
 
 local function misuse(text)
   return redis.error_reply('RMEM_USAGE ' .. text)
@@ -47,13 +59,16 @@ local function nearest(query)
     base .. '=>[KNN ' .. query.candidates .. ' @embedding $v AS d]', 'PARAMS', 2, 'v', query.vector,
     'RETURN', 1, 'd', 'LIMIT', 0, query.candidates, 'TIMEOUT', query.timeout_ms, 'DIALECT', 2)
   if found.err then return nil, found.err end
-  local cosine = {}
+  local cosine, skip, sub, number = {}, query.skip, string.sub, tonumber
   for i = 2, #found, 2 do
     -- from 8.8 on a result may come without its fields: it has just gone. FLOAT16 rounds past 1.
-    local distance = found[i + 1] and tonumber(found[i + 1][2] or '')
-    if distance then cosine[string.sub(found[i], query.skip)] = math.max(-1, math.min(1, 1 - distance)) end
+    local distance = found[i + 1] and number(found[i + 1][2] or '')
+    if distance then
+      local similarity = 1 - distance
+      cosine[sub(found[i], skip)] = similarity > 1 and 1 or similarity < -1 and -1 or similarity
+    end
   end
-  return cosine, found[1]
+  return cosine
 end
 
 -- FT.SEARCH for the candidates with the words: id -> BM25 score
@@ -61,8 +76,8 @@ local function worded(query)
   local found = redis.pcall('FT.SEARCH', query.alias, query.worded, 'NOCONTENT', 'WITHSCORES', 'SCORER', 'BM25STD',
     'LIMIT', 0, query.candidates, 'TIMEOUT', query.timeout_ms, 'DIALECT', 2)
   if found.err then return nil, found.err end
-  local score = {}
-  for i = 2, #found, 2 do score[string.sub(found[i], query.skip)] = tonumber(found[i + 1]) end
+  local score, skip, sub, number = {}, query.skip, string.sub, tonumber
+  for i = 2, #found, 2 do score[sub(found[i], skip)] = number(found[i + 1]) end
   return score, found[1]
 end
 
@@ -79,79 +94,94 @@ local function scaled(scores)
   return into
 end
 
--- whether one of the words of a name stands in the query
-local function named(speaker, words)
-  for word in string.gmatch(speaker, '%S+') do
-    if words[word] then return true end
-  end
-  return false
+-- which speakers are named in the query: by one word of their name. Looked at once a speaker
+local function askable(text)
+  local words = {}
+  for word in string.gmatch(text, '%S+') do words[word] = true end
+  return setmetatable({}, { __index = function(known, speaker)
+    local named = false
+    for word in string.gmatch(speaker, '%S+') do named = named or words[word] or false end
+    known[speaker] = named
+    return named
+  end })
 end
 
 -- turns next to a good one are better, and a question that names a speaker is about that speaker
 local function in_conversation(fused, query)
-  local ids, fields, at, speakers, relevance = {}, {}, {}, {}, {}
+  if next(fused) == nil or redis.call('EXISTS', query.turns) == 0 then return fused, {} end
+  local ids, fields, count = {}, {}, 0
   for id in pairs(fused) do
-    ids[#ids + 1] = id
-    fields[#fields + 1] = 'l' .. id
+    count = count + 1
+    ids[count], fields[count] = id, 'l' .. id
   end
-  if #ids == 0 or redis.call('EXISTS', query.turns) == 0 then return fused, {} end
-  local position, asked, words = {}, false, {}
-  for word in string.gmatch(query.words, '%S+') do words[word] = true end
-  for i, raw in ipairs(redis.call('HMGET', query.turns, unpack(fields))) do
-    if raw then
-      local place, speaker = string.match(raw, '^[^\31]*\31[^\31]*\31(%d+)\31([^\31]*)')
-      position[ids[i]], at[tonumber(place)] = tonumber(place), fused[ids[i]]
-      if speaker ~= '' then
-        speakers[ids[i]] = named(speaker, words)
-        asked = asked or speakers[ids[i]]
-      end
+  local position, speakers, at, named, asked = {}, {}, {}, askable(query.words), false
+  local match, number = string.match, tonumber
+  local raw = redis.call('HMGET', query.turns, unpack(fields))
+  for i = 1, count do
+    local place, speaker = match(raw[i] or '', '^[^\31]*\31[^\31]*\31(%d+)\31([^\31]*)')
+    if place then
+      local here = number(place)
+      position[i], speakers[i], at[here] = here, speaker, fused[ids[i]]
+      asked = asked or (speaker ~= '' and named[speaker])
     end
   end
-  local support, best = {}, 1
-  for _, id in ipairs(ids) do
-    local here, score = position[id], fused[id]
+  local relevance, support, best = {}, {}, 1
+  local share, square = query.share, query.share * query.share
+  for i = 1, count do
+    local id, here = ids[i], position[i]
+    local score = fused[id]
     if here then
-      local added = query.share * ((at[here - 1] or 0) + (at[here + 1] or 0))
-        + query.share * query.share * ((at[here - 2] or 0) + (at[here + 2] or 0))
-      support[id], score = added, score + added
-      if asked and speakers[id] == false then score = score * query.other_speaker end
+      local added = share * ((at[here - 1] or 0) + (at[here + 1] or 0))
+        + square * ((at[here - 2] or 0) + (at[here + 2] or 0))
+      score = score + added
+      if query.explain then support[id] = added end
+      if asked and speakers[i] ~= '' and not named[speakers[i]] then score = score * query.other_speaker end
     end
     relevance[id] = score
     if score > best then best = score end
   end
-  for id, score in pairs(relevance) do relevance[id] = score / best end
+  if best > 1 then
+    for id, score in pairs(relevance) do relevance[id] = score / best end
+  end
   return relevance, support
-end
-
-local function before(a, b)
-  if a.score ~= b.score then return a.score > b.score end
-  return a.id < b.id
 end
 
 -- the best hits in order; an insertion into a short list beats sorting all candidates
 local function ranked(relevance, cosine, query, limit)
-  local hits = {}
+  local hits, count, weighted = {}, 0, query.recency_weight > 0 or query.importance_weight > 0
   for id, score in pairs(relevance) do
     if not query.min_similarity or (cosine[id] and cosine[id] >= query.min_similarity) then
-      local hit = { id = id, score = score }
-      if query.recency_weight > 0 or query.importance_weight > 0 then
+      local recency, importance
+      if weighted then
         local raw = redis.call('HMGET', query.prefix .. id, 'event_date', 'created_at', 'importance')
         local age_s = math.max(0, query.now_s - (tonumber(raw[1] or raw[2] or '') or query.now_s))
-        hit.recency, hit.importance = 0.5 ^ (age_s / query.half_life_s), tonumber(raw[3] or '') or 0.5
-        hit.score = (1 - query.recency_weight - query.importance_weight) * score
-          + query.recency_weight * hit.recency + query.importance_weight * hit.importance
+        recency, importance = 0.5 ^ (age_s / query.half_life_s), tonumber(raw[3] or '') or 0.5
+        score = (1 - query.recency_weight - query.importance_weight) * score
+          + query.recency_weight * recency + query.importance_weight * importance
       end
-      local at = #hits + 1
-      while at > 1 and before(hit, hits[at - 1]) do at = at - 1 end
-      if at <= limit then
-        table.insert(hits, at, hit)
-        hits[limit + 1] = nil
+      local last = hits[count]
+      if count < limit or last and (score > last.score or score == last.score and id < last.id) then
+        local low, high = 1, count + 1
+        while low < high do
+          local middle = math.floor((low + high) / 2)
+          local hit = hits[middle]
+          if score > hit.score or score == hit.score and id < hit.id then high = middle else low = middle + 1 end
+        end
+        table.insert(hits, low, { id = id, score = score, recency = recency, importance = importance })
+        if count < limit then count = count + 1 else hits[count + 1] = nil end
       end
     end
   end
   return hits
 end
 
+local function split(names)
+  local fields = {}
+  for name in string.gmatch(names or '', '%S+') do fields[#fields + 1] = name end
+  return fields
+end
+
+-- the reply of rm_search_ro, and whether it is an answer of the index
 local function search(keys, args)
   local meta = keys[2]
   local query = {
@@ -161,9 +191,9 @@ local function search(keys, args)
     share = tonumber(args[13] or ''), other_speaker = tonumber(args[14] or ''),
     min_similarity = tonumber(args[15] or ''), recency_weight = tonumber(args[16] or ''),
     half_life_s = tonumber(args[17] or ''), importance_weight = tonumber(args[18] or ''),
-    now_s = tonumber(args[19] or ''),
+    now_s = tonumber(args[19] or ''), explain = args[20] == '1',
   }
-  local limit, word_weight, explain = tonumber(args[10] or ''), tonumber(args[12] or ''), args[20] == '1'
+  local limit, word_weight = tonumber(args[10] or ''), tonumber(args[12] or '')
   if not (query.turns and query.now_s) then return misuse('rm_search_ro alias meta turns | …') end
 
   local known = redis.call('HMGET', meta, 'generation', 'embedder', 'superseded')
@@ -173,10 +203,10 @@ local function search(keys, args)
   if query.vector == '' then query.min_similarity = nil end
   local function failed(err) return no_index(meta, err) or { 'OK', generation, 0, note } end
 
-  local cosine, bm25, near, total = {}, {}, nil, nil
+  local cosine, bm25, err, total = {}, {}, nil, nil
   if query.vector ~= '' then
-    cosine, near = nearest(query)
-    if not cosine then return failed(near) end
+    cosine, err = nearest(query)
+    if not cosine then return failed(err) end
   end
   if query.worded ~= '' and query.mode ~= 'semantic' then
     bm25, total = worded(query)
@@ -203,13 +233,12 @@ local function search(keys, args)
     if query.mode == 'hybrid' then relevance, support = in_conversation(relevance, query) end
   end
 
-  local hits, fields = ranked(relevance, cosine, query, limit), {}
-  for name in string.gmatch(args[21] or '', '%S+') do fields[#fields + 1] = name end
+  local hits, fields = ranked(relevance, cosine, query, limit), split(args[21])
   local reply = { 'OK', generation, total or 0, note }
   for i, hit in ipairs(hits) do
     local id, at = hit.id, 4 * i
     reply[at + 1], reply[at + 2], reply[at + 3] = id, text17(hit.score), false
-    if explain then
+    if query.explain then
       reply[at + 3] = {
         text17(cosine[id]), text17(bm25[id]), text17(semantic[id] or 0), text17(keyword[id] or 0),
         text17(support[id] or 0), text17(relevance[id]), text17(hit.recency), text17(hit.importance),
@@ -217,8 +246,100 @@ local function search(keys, args)
     end
     reply[at + 4] = redis.call('HMGET', query.prefix .. id, unpack(fields))
   end
+  return reply, true
+end
+
+-- the cache of searches ---------------------------------------------------------------------------
+
+local function whole(text, low, high)
+  local number = tonumber(text or '')
+  return number and number >= low and number <= high and number % 1 == 0 and number or nil
+end
+
+-- append what a cached search found to `reply`, behind its generation, total, `…` and TTL; nil for a miss.
+-- Every failure is a miss: a key or a memory of a foreign type, an unknown HPTTL.
+local function recalled(searches, prefix, digest, min_generation, fields, reply, ...)
+  local raw = redis.pcall('HGET', searches, digest)
+  local generation, total, at = string.match(type(raw) == 'string' and raw or '', '^(%d+)\31(%d+)()')
+  if not at or tonumber(generation) < min_generation then return nil end
+  local ttl_ms = redis.pcall('HPTTL', searches, 'FIELDS', 1, digest)
+  if ttl_ms.err or ttl_ms[1] < 0 then return nil end
+  for _, item in ipairs({ 'OK', generation, tonumber(total), ... }) do reply[#reply + 1] = item end
+  reply[#reply + 1] = ttl_ms[1]
+  local size, count = #reply, #fields
+  fields[count + 1] = 'text'
+  for id, score in string.gmatch(string.sub(raw, at), '\31([^\31]*)\31([^\31]*)') do
+    local values = redis.pcall('HMGET', prefix .. id, unpack(fields))
+    if values.err or not values[count + 1] then return nil end
+    values[count + 1] = nil
+    reply[size + 1], reply[size + 2], reply[size + 3], reply[size + 4] = id, score, false, values
+    size = size + 4
+  end
   return reply
 end
+
+local function recall(keys, args)
+  local least = whole(args[3], 0, 2 ^ 53)
+  if not (keys[1] and least and args[4]) then
+    return misuse('rm_recall_ro searches | prefix digest min_generation fields')
+  end
+  return recalled(keys[1], args[1], args[2], least, split(args[4]), {}) or { 'MISS' }
+end
+
+-- the reply of rm_search_ro as a cached search; nil when it cannot be one
+local function packed(reply)
+  local parts = { reply[2], string.format('%.0f', reply[3]) }
+  for at = 5, #reply, 4 do
+    if string.find(reply[at], '\31', 1, true) then return nil end -- an id of a foreign hand
+    parts[#parts + 1], parts[#parts + 2] = reply[at], reply[at + 1]
+  end
+  return table.concat(parts, '\31')
+end
+
+-- write: nothing below may raise ------------------------------------------------------------------
+
+-- keep a cached search; whether it was kept
+local function keep(searches, digest, value, ttl_ms, capacity)
+  if redis.pcall('HEXISTS', searches, digest) == 0 and redis.pcall('HLEN', searches) >= capacity then
+    local some = redis.pcall('HRANDFIELD', searches, 5)
+    local left_ms, soonest = redis.pcall('HPTTL', searches, 'FIELDS', #some, unpack(some)), 1
+    for i = 2, #left_ms do
+      if left_ms[i] < left_ms[soonest] then soonest = i end
+    end
+    if some[soonest] then redis.pcall('HDEL', searches, some[soonest]) end
+  end
+  local set = redis.pcall('HSET', searches, digest, value)
+  if type(set) == 'table' then return false end
+  -- HSET took the field's TTL away
+  local expires = redis.pcall('HPEXPIRE', searches, ttl_ms, 'FIELDS', 1, digest)
+  if expires.err then redis.pcall('HDEL', searches, digest) end
+  return not expires.err
+end
+
+local function search_or_recall(keys, args)
+  local searches, digest, explain = keys[4], args[22], args[20] == '1'
+  local ttl_ms, capacity, least = whole(args[23], 1, 1e10), whole(args[24], 0, 1e6), whole(args[25], 0, 2 ^ 53)
+  if not (searches and ttl_ms and capacity and least) then
+    return misuse('rm_search alias meta turns searches | …, digest ttl_ms capacity min_generation')
+  end
+  local cached = not explain
+    and recalled(searches, args[1], digest, least, split(args[21]), {}, '', 'l2')
+  if cached then return cached end
+
+  local started_s = os.clock()
+  local found, complete = search(keys, args)
+  if found[1] ~= 'OK' then return found end
+  -- RediSearch ends a query that runs out of time early, and does not say so. Here only the clock of CPU time
+  -- goes on (TIME stands still in a Function), hence half the budget.
+  complete = complete and (os.clock() - started_s) * 2000 < (tonumber(args[11]) or 0)
+  local value = complete and not explain and capacity > 0 and found[4] == '' and packed(found)
+  local kept = value and keep(searches, digest, value, ttl_ms, capacity)
+  local reply = { 'OK', found[2], found[3], found[4], 'l3', kept and ttl_ms or 0 }
+  for i = 5, #found do reply[i + 2] = found[i] end
+  return reply
+end
+
+-- lists -------------------------------------------------------------------------------------------
 
 -- ids with their moments, newest first; ids of one moment in no order
 local function newest(alias, page, count)
@@ -294,6 +415,8 @@ local function turns(keys, args)
 end
 
 redis.register_function { function_name = 'rm_search_ro_v1', callback = search, flags = { 'no-writes' } }
+redis.register_function { function_name = 'rm_recall_ro_v1', callback = recall, flags = { 'no-writes' } }
+redis.register_function('rm_search_v1', search_or_recall)
 redis.register_function { function_name = 'rm_list_ro_v1', callback = list, flags = { 'no-writes' } }
 redis.register_function { function_name = 'rm_tails_ro_v1', callback = tails, flags = { 'no-writes' } }
 redis.register_function { function_name = 'rm_turns_ro_v1', callback = turns, flags = { 'no-writes' } }

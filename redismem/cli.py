@@ -306,7 +306,7 @@ def forget(settings: Settings, user: str, yes: bool) -> None:
     async def work(service: Service) -> None:
         owner = service.owner(user)
         if not yes:
-            page = await service.page(owner, Filters(superseded="include"), 1, None)
+            page = await service.tiers.page(owner, Filters(superseded="include"), 1, None)
             click.confirm(f"Remove all {page.total:,} memories of {user!r} for good?", abort=True)
         reply = await service.writer.forget(owner)
         click.echo(f"forgot {reply.memories:,} memories, {reply.keys:,} keys in all")

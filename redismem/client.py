@@ -1,23 +1,36 @@
-"""The only place that talks to redis-py: connecting, and turning its errors into ours."""
+"""The only place that turns redis-py's errors into ours, and that chooses a connection for a call.
+
+A process has two connections: what is long must not stand in front of a search.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hiredis import pack_command
 from redis import exceptions as foreign
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
 
-from redismem.errors import Misconfigured, RedisUnavailable, StoreError
+from redismem.errors import Misconfigured, RedisMemError, RedisUnavailable, StoreError, WritesRefused
+from redismem.lane import Lane
 from redismem.settings import Settings
 
 Argument = str | bytes | int | float
 
-#: seconds to wait for a free connection before a request is refused
-POOL_WAIT_S = 2.0
+#: Bytes of a call on the fast connection. Redis reads 16 KB at a time and serves others between two reads, so
+#: this much goes through in one piece. Size and not name decides: the same Function carries one memory or a
+#: batch. Long replies are not told apart: they cost Redis its time before they cost the connection any.
+MAX_FAST_BYTES = 16 * 1024
+#: commands of a call on the fast connection: a search and the vectors it keeps are few, an import is many
+MAX_FAST_COMMANDS = 16
+#: share of the calls in flight that is for bulk
+_BULK_SHARE = 8
+
+
+_REFUSED = (foreign.AuthenticationError, foreign.AuthorizationError, foreign.NoPermissionError)
+_READ_ONLY = (foreign.ReadOnlyError, foreign.OutOfMemoryError)
+_AWAY = (foreign.ConnectionError, foreign.TimeoutError, foreign.ClusterDownError, foreign.TryAgainError)
 
 
 class FunctionMissing(StoreError):
@@ -25,40 +38,60 @@ class FunctionMissing(StoreError):
 
 
 class Client:
-    """A pool of connections to one Redis. RESP2, bytes in and out."""
+    """Two connections to one Redis. RESP2, bytes in and out.
+
+    Calls that run at the same time may overtake each other; awaited ones keep their order.
+    """
 
     def __init__(self, settings: Settings, url: str) -> None:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=64,
-            timeout=POOL_WAIT_S,
-            protocol=2,
-            socket_timeout=settings.redis_timeout_s,
-            socket_connect_timeout=settings.redis_timeout_s,
-            # one more try when a pooled connection turns out to be dead; our writes may be repeated
-            retry=Retry(ExponentialBackoff(cap=0.05, base=0.01), 1),
-            client_name="redismem",
-        )
-        self.redis: Redis = Redis.from_pool(pool)
-        # replies stay as Redis sent them: what redis-py makes of one command differs between versions
-        self.redis.response_callbacks.clear()
+        self.url = url
+        bulk = max(1, settings.redis_in_flight // _BULK_SHARE)
+        fast = max(1, settings.redis_in_flight - bulk)
+        self._fast = Lane(url, timeout_s=settings.redis_timeout_s, max_in_flight=fast)
+        self._bulk = Lane(url, timeout_s=settings.redis_timeout_s, max_in_flight=bulk)
+
+    @property
+    def is_up(self) -> bool:
+        """Return whether calls are let through, as far as the last of them and the connection show."""
+        return self._fast.is_up
+
+    @property
+    def retry_after_s(self) -> float:
+        """Return the seconds until the next attempt to connect; 0 when it runs or none is needed."""
+        return self._fast.retry_after_s
 
     async def execute(self, *command: Argument) -> Any:
         """Return the reply of one command. Cost: one round trip."""
-        with translated():
-            return await self.redis.execute_command(*command)
+        return (await self._replies(packed((command,)), 1))[0]
 
     async def pipeline(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return the replies of several commands, in order; not a transaction. Cost: one round trip."""
-        with translated():
-            async with self.redis.pipeline(transaction=False) as pipe:
-                for command in commands:
-                    pipe.execute_command(*command)
-                return list(await pipe.execute())
+        """Return the replies of several commands, in order; not a transaction. Cost: one round trip.
+
+        Raises:
+            StoreError: the first error among the replies; the other commands were carried out.
+        """
+        return await self._replies(packed(commands), len(commands)) if commands else []
 
     async def close(self) -> None:
-        """Close every connection."""
-        await self.redis.aclose()
+        """Fail what waits and close every connection."""
+        await self._fast.close()
+        await self._bulk.close()
+
+    async def _replies(self, call: bytes, count: int) -> list[Any]:
+        is_fast = count <= MAX_FAST_COMMANDS and len(call) <= MAX_FAST_BYTES
+        try:
+            return await (self._fast if is_fast else self._bulk).call(call, count)
+        except foreign.RedisError as exc:
+            raise ours(exc) from exc
+
+
+def packed(commands: Iterable[Sequence[Argument]]) -> bytes:
+    """Return commands as Redis reads them.
+
+    Raises:
+        TypeError: an argument is no str, bytes, int or float.
+    """
+    return b"".join([pack_command(tuple(command)) for command in commands])  # type: ignore[arg-type]  # its stub asks for one item
 
 
 @contextmanager
@@ -66,23 +99,26 @@ def translated() -> Iterator[None]:
     """Turn redis-py's errors into ours, from exc."""
     try:
         yield
-    except (foreign.AuthenticationError, foreign.AuthorizationError, foreign.NoPermissionError) as exc:
-        raise Misconfigured(f"Redis refused the credentials of REDISMEM_REDIS_URL: {exc}") from exc
-    except (
-        foreign.ConnectionError,
-        foreign.TimeoutError,
-        foreign.ReadOnlyError,
-        foreign.OutOfMemoryError,
-    ) as exc:
-        raise RedisUnavailable(f"Redis cannot answer now ({type(exc).__name__}): {exc}") from exc
-    except foreign.ResponseError as exc:
-        text = str(exc)
-        if "Function not found" in text:
-            raise FunctionMissing(text) from exc
-        if text.startswith(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "MISCONF", "OOM")) or (
-            "OOM command not allowed" in text
-        ):
-            raise RedisUnavailable(f"Redis cannot answer now: {text}") from exc
-        raise StoreError(f"Redis: {text}") from exc
     except foreign.RedisError as exc:
-        raise StoreError(f"redis-py: {exc}") from exc
+        raise ours(exc) from exc
+
+
+def ours(exc: foreign.RedisError) -> RedisMemError:
+    """Return our error for one of redis-py's.
+
+    redis-py has classes for some of Redis's error codes, and takes the code off their text.
+    """
+    kind, text = type(exc).__name__, str(exc)
+    if isinstance(exc, _REFUSED):
+        error: RedisMemError = Misconfigured(f"Redis refused the credentials of REDISMEM_REDIS_URL: {exc}")
+    elif isinstance(exc, _READ_ONLY) or text.startswith(("MISCONF", "NOREPLICAS")) or "OOM command" in text:
+        error = WritesRefused(f"Redis cannot answer now ({kind}): {exc}")
+    elif isinstance(exc, _AWAY) or text.startswith(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")):
+        error = RedisUnavailable(f"Redis cannot answer now ({kind}): {exc}")
+    elif "Function not found" in text:
+        error = FunctionMissing(text)
+    elif isinstance(exc, foreign.ResponseError):
+        error = StoreError(f"Redis: {text}")
+    else:
+        error = StoreError(f"redis-py: {exc}")
+    return error

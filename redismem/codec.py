@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redismem.query import epoch, metadata_tags, packed_tags, unpacked_tags
-from redismem.types import MAX_METADATA_BYTES, Memory, MemoryInput
+from redismem.types import MAX_METADATA_BYTES, Filters, Memory, MemoryInput, SearchRequest
 from redismem.words import day_words, extra_words
 
 #: what a reader fetches, in the order `memory_from_raw` expects
@@ -23,6 +23,9 @@ READ_FIELDS = (
     *("updated_at", "importance", "confidence", "pinned", "metadata", "version", "embedder"),
     *("superseded_by", "sources"),
 )
+
+#: part of every cached search's digest: bumped when the same request may rank differently
+RANKING = 1
 
 # values a hash written by another service may lack
 _UNSET_MOMENT = datetime.fromtimestamp(0, UTC)
@@ -81,6 +84,37 @@ def derived_id(digest: str, attempt: int = 0) -> str:
     The first attempt is the content hash, so that a repeated write meets its first copy.
     """
     return digest if attempt == 0 else _digest(f"{digest}:{attempt}".encode())
+
+
+# JSON: msgpack has no way to write the year 9999 west of Greenwich
+_canonical = msgspec.json.Encoder(order="deterministic")
+
+
+def search_digest(request: SearchRequest, embedder: str) -> str:
+    """Return 32 characters that two requests share exactly when they ask for the same memories.
+
+    What bounds or describes the answer (`max_ms`, `consistency`, `min_version`, `explain`) is not in it.
+    """
+    asked = (
+        *(RANKING, embedder, request.text, request.vector, request.limit, request.search_mode),
+        *(request.query_type, request.filters, request.min_similarity, request.recency_weight),
+        *(request.recency_half_life_days, request.importance_weight),
+    )
+    return blake2b(_canonical.encode(asked), digest_size=16).hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """Return 32 characters that stand for a text in a key."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def asks_for_the_past(filters: Filters, now_s: float) -> bool:
+    """Return whether only memories of before now can satisfy the filters."""
+    for bounds in (filters.created_at, filters.event_date):
+        ends = [end for end in (bounds.lt, bounds.lte) if end is not None] if bounds else []
+        if any(epoch(end) < now_s for end in ends):
+            return True
+    return False
 
 
 def _digest(content: bytes) -> str:

@@ -15,20 +15,17 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from redismem.backfill import Backfill
 from redismem.client import Client
 from redismem.embed import Embedder, open_embedder
 from redismem.errors import RedisMemError, StoreError
+from redismem.index import open_index, rebuild_index
 from redismem.keys import STORE, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions, load_libraries, loaded_versions, shipped_libraries
 from redismem.query import index_schema
-from redismem.read import Reader
-from redismem.reembed import rebuild_index
-from redismem.service import open_client
+from redismem.service import assembled, open_client
 from redismem.settings import Settings
 from redismem.store import SAFE_REDIS, owners, server_facts, server_problem
 from redismem.types import MemoryInput, SearchRequest
-from redismem.write import Writer
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -324,33 +321,28 @@ async def _rebuild(client: Client, owner: Owner, embedder: Embedder) -> None:
     if await _index_info(client, index):
         await client.execute("FT.DROPINDEX", index)
     functions = Functions(client)
-    writer = Writer(functions, embedder, Backfill(functions, embedder), log_length=1)
-    await writer.open_index(owner)
+    await open_index(functions, embedder, owner)
     await rebuild_index(functions, owner)
 
 
 async def _round_trip(client: Client, embedder: Embedder, settings: Settings) -> Finding:
     """Write, search and delete a memory of a user that nobody else has."""
     await load_libraries(client)
-    functions = Functions(client)
-    backfill = Backfill(functions, embedder)
-    writer = Writer(functions, embedder, backfill, log_length=settings.log_length)
-    reader = Reader(functions, embedder)
     owner = Owner(token_hex(8), DOCTOR_NAMESPACE)
     request = SearchRequest(text="Where does the doctor keep the stethoscope?", limit=1)
-    try:
-        moments = [time.perf_counter()]
-        memory = MemoryInput(text="The doctor keeps the stethoscope in the blue cupboard.")
-        memory_id = (await writer.put(owner, [memory])).memories[0].id or ""
-        moments.append(time.perf_counter())
-        hits = (await reader.search(owner, request)).memories
-        moments.append(time.perf_counter())
-        await writer.delete(owner, memory_id)
-        moments.append(time.perf_counter())
-        left = (await reader.search(owner, request)).memories
-    finally:
-        await writer.forget(owner)
-        await backfill.close()
+    async with assembled(settings, client, embedder) as service:
+        try:
+            moments = [time.perf_counter()]
+            memory = MemoryInput(text="The doctor keeps the stethoscope in the blue cupboard.")
+            memory_id = (await service.writer.put(owner, [memory])).memories[0].id or ""
+            moments.append(time.perf_counter())
+            hits = (await service.search(owner, request)).memories
+            moments.append(time.perf_counter())
+            await service.writer.delete(owner, memory_id)
+            moments.append(time.perf_counter())
+            left = (await service.search(owner, request)).memories
+        finally:
+            await service.writer.forget(owner)
     steps = zip(("write", "search", "delete"), pairwise(moments), strict=True)
     times = [f"{step} {(after - before) * 1000:.1f} ms" for step, (before, after) in steps]
     if [hit.id for hit in hits] != [memory_id] or left:

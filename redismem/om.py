@@ -232,7 +232,7 @@ class MemoryModel(redis_om.HashModel, ABC):
     async def _call(cls, function: str, *arguments: Any) -> Any:
         """Return the reply of a writing Function, after giving a new user an index."""
         owner, db, now_ms = cls.owner, cls.db(), int(time.time() * 1000)
-        keys = (owner.meta, owner.ids, owner.log, owner.turns)
+        keys = (owner.meta, owner.ids, owner.log, owner.turns, owner.searches, owner.hot, owner.hits)
         command = ("FCALL", function, len(keys), *keys, owner.memory_prefix, now_ms, *arguments)
         try:
             with translated():

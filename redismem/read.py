@@ -1,13 +1,16 @@
-"""The search path. Changes nothing.
+"""The search path below L1: cached searches and query vectors in Redis (L2), the embedder, the index (L3).
 
-A search is one embedding and one Function call (`rm_search_ro`); how it ranks is told in lua/read.lua
-and in the README's ranking section.
+A search whose vector is known (or that needs none) is one Function call, which answers from the cached
+searches or from the index and fills the cache. A text that is new here is first looked up in Redis, in one
+round trip for both: has this search been made, has this text been embedded? How a search ranks is told in
+lua/read.lua and in the README's ranking section.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +18,31 @@ from typing import Any
 import numpy as np
 
 from redismem.client import Argument
-from redismem.codec import READ_FIELDS, memory_values, unit, vector_bytes
+from redismem.codec import (
+    READ_FIELDS,
+    asks_for_the_past,
+    memory_values,
+    search_digest,
+    text_digest,
+    unit,
+    vector_bytes,
+)
 from redismem.embed import Embedder
-from redismem.errors import DeadlineExceeded, EmbedderMismatch, IndexMissing, InvalidInput, Unavailable
-from redismem.keys import Owner
-from redismem.lualib import Functions
+from redismem.errors import (
+    DeadlineExceeded,
+    EmbedderMismatch,
+    IndexMissing,
+    InvalidInput,
+    Unavailable,
+    WritesRefused,
+)
+from redismem.keys import Owner, embedding_key
+from redismem.l1 import L1
+from redismem.lualib import Functions, fcall
 from redismem.query import filter_query, words_query
+from redismem.settings import Settings
 from redismem.types import (
+    NEVER_CACHED,
     Filters,
     Hit,
     ScoreParts,
@@ -53,97 +74,224 @@ _FIELDS = " ".join(READ_FIELDS)
 
 
 @dataclass(slots=True)
+class Found:
+    """A reply, and for how many seconds it may be kept in L1: 0 for not at all."""
+
+    reply: SearchReply
+    ttl_s: float = 0.0
+
+
+@dataclass(slots=True)
 class _Query:
-    """A search on its way: what is known before Redis is asked."""
+    """A search on its way."""
 
     request: SearchRequest
     mode: str
+    digest: str
     vector: bytes = b""
+    #: the vector was made for this search, and Redis does not have it yet
+    is_new: bool = False
     timeout_ms: int = DEFAULT_TIMEOUT_MS
     reason: str | None = None
+    embed_ms: float = 0.0
+    found: Found | None = None
+
+    @property
+    def wants_vector(self) -> bool:
+        return self.mode != "keyword" and not self.vector
 
 
 class Reader:
-    """Reads one store."""
+    """Searches one store; `counts` tells what the tiers below L1 answered."""
 
     def __init__(
-        self, functions: Functions, embedder: Embedder, *, clock: Callable[[], float] = time.time
+        self,
+        functions: Functions,
+        embedder: Embedder,
+        l1: L1,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._functions = functions
         self._embedder = embedder
+        self._l1 = l1
+        self._settings = settings
         self._clock = clock
+        self.counts: Counter[str] = Counter()
 
-    async def search(self, owner: Owner, request: SearchRequest) -> SearchReply:
-        """Return the best memories for a request.
+    async def search_each(self, owner: Owner, requests: Sequence[SearchRequest]) -> list[Found]:
+        """Return what was found for each request.
 
         Raises:
             InvalidInput: the vector has another dimension than the store.
             EmbedderUnavailable: semantic search without an embedder; other modes go on with words.
             DeadlineExceeded: semantic search whose text could not be embedded within `max_ms`.
 
-        Cost: one embedding, one round trip.
+        Cost: one round trip; for texts that are new to this process one more, and one embedding for all.
         """
-        return (await self.search_each(owner, [request]))[0]
-
-    async def search_each(self, owner: Owner, requests: Sequence[SearchRequest]) -> list[SearchReply]:
-        """Return one reply per request, embedded in one batch and searched in one round trip."""
         started = time.perf_counter()
-        queries = [_Query(request, request.search_mode) for request in requests]
-        await self._embed(queries)
-        embedded = time.perf_counter()
-        keys = [owner.index, owner.meta, owner.turns]
-        calls = [(keys, self._arguments(owner, query, started)) for query in queries]
-        raw_replies = await self._functions.call_each("rm_search_ro_v1", calls, read=True)
-        searched = time.perf_counter()
-        replies = [self._reply(query, raw) for query, raw in zip(queries, raw_replies, strict=True)]
-        ended = time.perf_counter()
-        for query, reply in zip(queries, replies, strict=True):
-            if not reply.partial and _ms(searched - embedded) >= query.timeout_ms:
-                reply.partial, reply.reason = True, "the time budget ended during the search"
-            reply.timing = Timing(
-                embed=_ms(embedded - started), search=_ms(searched - embedded), total=_ms(ended - started)
+        queries = [
+            _Query(request, request.search_mode, search_digest(request, self._embedder.name))
+            for request in requests
+        ]
+        for query in queries:
+            self._take_known_vector(query)
+        await self._look_up(owner, queries)
+        await self._embed([query for query in queries if query.found is None and query.wants_vector])
+        await self._search(owner, [query for query in queries if query.found is None], started)
+        found = []
+        for query in queries:
+            assert query.found is not None
+            total = _ms(time.perf_counter() - started)
+            query.found.reply.timing = Timing(
+                embed=query.embed_ms, search=round(total - query.embed_ms, 3), total=total
             )
-        return replies
+            found.append(query.found)
+        return found
+
+    def _take_known_vector(self, query: _Query) -> None:
+        request = query.request
+        if request.vector is not None:
+            if len(request.vector) != self._embedder.dim:
+                raise InvalidInput(
+                    f"`vector` has {len(request.vector)} numbers; this store's vectors have "
+                    f"{self._embedder.dim}",
+                    field="vector",
+                )
+            query.vector = vector_bytes(unit(np.array(request.vector)))
+        elif query.mode != "keyword":
+            entry = self._l1.get("embedding", "", str(request.text), time.monotonic())
+            if entry is not None:
+                assert isinstance(entry.value, bytes)
+                query.vector = entry.value
+
+    async def _look_up(self, owner: Owner, queries: Sequence[_Query]) -> None:
+        """Take from Redis what was searched or embedded before, for queries whose text is new here."""
+        asked: list[tuple[_Query, bool]] = []
+        for query in queries:
+            if query.wants_vector and self._settings.l2_searches:
+                asked += [(query, True), (query, False)] if self._may_be_cached(query) else [(query, False)]
+        if not asked:
+            return
+        answers = await self._functions.send(
+            [
+                fcall(
+                    "rm_recall_ro_v1",
+                    [owner.searches],
+                    *(owner.memory_prefix, query.digest, query.request.min_generation, _FIELDS),
+                    read=True,
+                )
+                if is_search
+                else ("GET", self._embedding_key(query))
+                for query, is_search in asked
+            ]
+        )
+        for (query, is_search), raw in zip(asked, answers, strict=True):
+            if not is_search:
+                self.counts["embedding hits" if raw else "embedding misses"] += 1
+                if raw and len(raw) == 2 * self._embedder.dim:
+                    query.vector = raw
+                    self._keep_vector(query)
+            elif raw[0] != b"MISS":
+                self.counts["search hits"] += 1
+                _, generation, total, ttl_ms, *flat = raw
+                query.found = self._found(query, generation, total, b"l2", ttl_ms, flat)
+
+    def _may_be_cached(self, query: _Query) -> bool:
+        return (
+            self._settings.l2_searches > 0
+            and query.request.min_generation < NEVER_CACHED
+            and not query.request.explain
+        )
 
     async def _embed(self, queries: Sequence[_Query]) -> None:
-        """Give vectors to the queries that need one; without an embedder they fall back to words."""
-        open_texts = []
-        for query in queries:
-            request = query.request
-            if request.vector is not None:
-                self._check_dimension(request.vector)
-                query.vector = vector_bytes(unit(np.array(request.vector)))
-            elif query.mode != "keyword":
-                open_texts.append(query)
-        if not open_texts:
+        """Give vectors to the queries; without an embedder they fall back to words."""
+        if not queries:
             return
-        texts = [str(query.request.text) for query in open_texts]
-        budgets = [query.request.max_ms for query in open_texts if query.request.max_ms]
+        started = time.perf_counter()
+        budgets = [query.request.max_ms for query in queries if query.request.max_ms]
         try:
             async with asyncio.timeout(min(budgets) / 1000 if budgets else None):
+                texts = [str(query.request.text) for query in queries]
                 rows = await self._embedder.embed(texts, urgent=True)
         except TimeoutError as exc:
-            if any(query.mode == "semantic" for query in open_texts):
+            if any(query.mode == "semantic" for query in queries):
                 raise DeadlineExceeded(
                     "the text could not be embedded within max_ms; allow more, or use hybrid mode",
                     field="max_ms",
                 ) from exc
-            _fall_back(open_texts, "max_ms ended before the text was embedded: words only")
+            _fall_back(queries, "max_ms ended before the text was embedded: words only")
             return
         except Unavailable:
-            if any(query.mode == "semantic" for query in open_texts):
+            if any(query.mode == "semantic" for query in queries):
                 raise
-            _fall_back(open_texts, "the embedder is unavailable: words only")
+            _fall_back(queries, "the embedder is unavailable: words only")
             return
-        for query, row in zip(open_texts, rows, strict=True):
-            query.vector = vector_bytes(row)
+        for query, row in zip(queries, rows, strict=True):
+            query.vector, query.is_new = vector_bytes(row), True
+            query.embed_ms = _ms(time.perf_counter() - started)
+            self._keep_vector(query)
 
-    def _check_dimension(self, vector: Sequence[float]) -> None:
-        if len(vector) != self._embedder.dim:
-            raise InvalidInput(
-                f"`vector` has {len(vector)} numbers; this store's vectors have {self._embedder.dim}",
-                field="vector",
+    def _keep_vector(self, query: _Query) -> None:
+        text = str(query.request.text)
+        self._l1.put(
+            "embedding",
+            text,
+            query.vector,
+            size_bytes=len(query.vector) + len(text),
+            ttl_s=self._settings.embedding_ttl_s,
+            now_s=time.monotonic(),
+        )
+
+    def _embedding_key(self, query: _Query) -> str:
+        return embedding_key(self._embedder.name, text_digest(str(query.request.text)))
+
+    async def _search(self, owner: Owner, queries: Sequence[_Query], started: float) -> None:
+        if not queries:
+            return
+        sent = time.perf_counter()
+        arguments = [self._arguments(owner, query, started) for query in queries]
+        plain = [
+            fcall("rm_search_ro_v1", [owner.index, owner.meta, owner.turns], *args, read=True)
+            for args in arguments
+        ]
+        keeping = [
+            fcall(
+                "rm_search_v1",
+                [owner.index, owner.meta, owner.turns, owner.searches],
+                *(*args, query.digest, self._ttl_ms(query), self._settings.l2_searches),
+                query.request.min_generation,
             )
+            if self._may_be_kept(query)
+            else command
+            for query, args, command in zip(queries, arguments, plain, strict=True)
+        ]
+        lifetime_ms = int(self._settings.embedding_ttl_s * 1000)
+        vectors = [
+            ("SET", self._embedding_key(query), query.vector, "PX", lifetime_ms)
+            for query in queries
+            if query.is_new and self._settings.l2_searches
+        ]
+        try:
+            replies = await self._functions.send([*keeping, *vectors])
+        except WritesRefused:  # a cache that cannot be filled is no failure
+            keeping = plain
+            replies = await self._functions.send(plain)
+        took_ms = _ms(time.perf_counter() - sent)
+        for query, raw, command in zip(queries, replies, keeping, strict=False):
+            query.found = self._read(query, raw, kept=command[0] == "FCALL")
+            reply = query.found.reply
+            if not reply.partial and reply.served_by == "l3" and took_ms >= query.timeout_ms:
+                reply.partial, reply.reason = True, "the time budget ended during the search"
+                query.found.ttl_s = 0
+
+    def _may_be_kept(self, query: _Query) -> bool:
+        return self._settings.l2_searches > 0 and query.reason is None and not query.request.explain
+
+    def _ttl_ms(self, query: _Query) -> int:
+        past = asks_for_the_past(query.request.filters, self._clock())
+        return int(1000 * (self._settings.past_search_ttl_s if past else self._settings.search_ttl_s))
 
     def _arguments(self, owner: Owner, query: _Query, started: float) -> list[Argument]:
         request = query.request
@@ -161,25 +309,35 @@ class Reader:
             *(repr(self._clock()), int(request.explain), _FIELDS),
         ]
 
-    def _reply(self, query: _Query, raw: list[Any]) -> SearchReply:
+    def _read(self, query: _Query, raw: list[Any], *, kept: bool) -> Found:
         if raw[0] == b"NOINDEX":
             raise IndexMissing("this user's index is missing; run `redismem doctor --repair`")
         _, generation, total, note, *flat = raw
-        reason = query.reason
+        served_by, ttl_ms = b"l3", self._ttl_ms(query)
+        if kept:
+            served_by, ttl_ms, *flat = flat  # 0: it may have been cut off, which RediSearch does not tell
+            self.counts["search hits" if served_by == b"l2" else "search misses"] += 1
         if note == b"EMBEDDER":
             if query.mode == "semantic":
                 raise EmbedderMismatch("this user's vectors are of another embedder; run `redismem reembed`")
-            reason = "this user's vectors are of another embedder (run `redismem reembed`): words only"
-        hits = [_hit(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
-        return SearchReply(
-            memories=hits,
+            query.reason = "this user's vectors are of another embedder (run `redismem reembed`): words only"
+        return self._found(query, generation, total, served_by, ttl_ms, flat)
+
+    def _found(
+        self, query: _Query, generation: bytes, total: int, served_by: bytes, ttl_ms: int, flat: list[Any]
+    ) -> Found:
+        reply = SearchReply(
+            memories=[_hit(*flat[i : i + 4]) for i in range(0, len(flat), 4)],
             total=int(total),
             generation=int(generation),
-            served_by="l3",
+            partial=query.reason is not None,
+            reason=query.reason,
+            served_by="l2" if served_by == b"l2" else "l3",
             timing=Timing(embed=0, search=0, total=0),
-            partial=reason is not None,
-            reason=reason,
         )
+        if query.reason is not None or query.request.explain:
+            return Found(reply)
+        return Found(reply, ttl_ms / 1000)
 
 
 def _fall_back(queries: Sequence[_Query], reason: str) -> None:

@@ -13,6 +13,7 @@ from redismem.client import Client
 from redismem.codec import vector_bytes
 from redismem.embed import Embedder
 from redismem.errors import StoreError
+from redismem.index import all_ids
 from redismem.keys import STORE, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
 from redismem.query import index_schema
@@ -166,21 +167,3 @@ def is_missing_index(error: StoreError) -> bool:
     """Return whether RediSearch does not know the index; 2.10 and 8.x word it differently."""
     text = error.message.lower()
     return any(words in text for words in ("no such index", "unknown index", "index not found"))
-
-
-async def all_ids(client: Client, owner: Owner) -> list[str]:
-    """Return every id of an owner, oldest first. Cost: one round trip, 0.1 ms per 1,000."""
-    return [raw.decode("utf-8", "replace") for raw in await client.execute("ZRANGE", owner.ids, 0, -1)]
-
-
-async def rebuild_index(functions: Functions, owner: Owner) -> int:
-    """Index an owner's memories again after their index was lost; return how many there are.
-
-    Memories that another service wrote and `redismem reembed` has not seen are not among them.
-    Cost: 77,000 memories a second, in slices of 500 that hold Redis for under 9 ms.
-    """
-    ids, count = await all_ids(functions.client, owner), 0
-    for first in range(0, len(ids), _WALK):
-        part = ids[first : first + _WALK]
-        count += await functions.call("rm_reindex_v1", [owner.ids], owner.memory_prefix, *part)
-    return count

@@ -1,33 +1,33 @@
-"""The one object behind HTTP and CLI: opens a store, and repairs an index that was dropped by hand."""
+"""The one object behind HTTP and CLI: opens a store and puts its parts together."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
 from redismem.backfill import Backfill
 from redismem.browse import Browser
 from redismem.client import Client
+from redismem.coherence import Coherence
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
-from redismem.errors import EmbedderMismatch, IndexMissing, InvalidInput
+from redismem.errors import EmbedderMismatch, InvalidInput
 from redismem.keys import Owner
+from redismem.l1 import L1
 from redismem.lualib import Functions, load_libraries
 from redismem.read import Reader
-from redismem.reembed import rebuild_index
 from redismem.settings import Settings
 from redismem.store import check_server, claim
-from redismem.types import Filters, ListReply, SearchReply, SearchRequest
+from redismem.tiers import Tiers
+from redismem.touches import Touches
+from redismem.types import SearchReply, SearchRequest, StatsReply
 from redismem.write import Writer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Service:
-    """An open store. Reads go through here where they may meet a missing index."""
+    """An open store."""
 
     settings: Settings
     client: Client
@@ -37,6 +37,10 @@ class Service:
     reader: Reader
     browser: Browser
     writer: Writer
+    tiers: Tiers
+    l1: L1
+    coherence: Coherence
+    touches: Touches
 
     def owner(self, user: str) -> Owner:
         """Return the owner of a user id.
@@ -49,26 +53,18 @@ class Service:
         return Owner(user, self.settings.namespace)
 
     async def search(self, owner: Owner, request: SearchRequest) -> SearchReply:
-        """Return the best memories; see `Reader.search`."""
-        return await self._repaired(owner, lambda: self.reader.search(owner, request))
+        """Return the best memories, past L1; see `Reader.search_each`."""
+        return (await self.tiers.find(owner, [request]))[0]
 
-    async def search_each(self, owner: Owner, requests: Sequence[SearchRequest]) -> list[SearchReply]:
-        """Return one reply per request; see `Reader.search_each`."""
-        return await self._repaired(owner, lambda: self.reader.search_each(owner, requests))
-
-    async def page(self, owner: Owner, filters: Filters, limit: int, cursor: str | None) -> ListReply:
-        """Return memories newest first; see `Browser.page`."""
-        return await self._repaired(
-            owner, lambda: self.browser.page(owner, filters, limit=limit, cursor=cursor)
+    def stats(self) -> StatsReply:
+        """Return what the caches of this process hold and did."""
+        return StatsReply(
+            process=self.coherence.id,
+            l1=self.l1.stats(),
+            l2=dict(self.reader.counts),
+            reads=dict(self.tiers.counts),
+            coherence={"live": self.coherence.is_live(), **self.coherence.counts},
         )
-
-    async def _repaired(self, owner: Owner, read: Callable[[], Awaitable[T]]) -> T:
-        try:
-            return await read()
-        except IndexMissing:
-            await self.writer.open_index(owner)
-            await rebuild_index(self.functions, owner)
-            return await read()
 
     async def ping(self) -> None:
         """Return when Redis answers.
@@ -99,18 +95,40 @@ async def open_service(settings: Settings, *, any_embedder: bool = False) -> Asy
         stack.push_async_callback(embedder.close)
         with suppress(*(EmbedderMismatch,) if any_embedder else ()):
             await claim(client, embedder)
+        yield await stack.enter_async_context(assembled(settings, client, embedder))
+
+
+@asynccontextmanager
+async def assembled(settings: Settings, client: Client, embedder: Embedder) -> AsyncIterator[Service]:
+    """Put the parts of a service together on a checked store whose Functions are loaded."""
+    async with AsyncExitStack() as stack:
         functions = Functions(client)
         backfill = Backfill(functions, embedder)
         stack.push_async_callback(backfill.close)
+        l1 = L1(max_entries=settings.l1_entries, max_bytes=settings.l1_bytes)
+        coherence = Coherence(client, l1, lease_s=settings.lease_s, keep_when_lost=settings.stale_if_error)
+        coherence.start()
+        stack.push_async_callback(coherence.close)
+        touches = Touches(functions, capacity=settings.hot_capacity, ttl_s=settings.hot_ttl_s)
+        stack.push_async_callback(touches.close)
+        browser = Browser(functions)
+        reader = Reader(functions, embedder, l1, settings)
+        writer = Writer(functions, embedder, backfill, coherence, log_length=settings.log_length)
+        tiers = Tiers(functions, embedder, reader, browser, l1, coherence, touches, settings)
+        stack.push_async_callback(tiers.close)
         yield Service(
             settings=settings,
             client=client,
             functions=functions,
             embedder=embedder,
             backfill=backfill,
-            reader=Reader(functions, embedder),
-            browser=Browser(functions),
-            writer=Writer(functions, embedder, backfill, log_length=settings.log_length),
+            reader=reader,
+            browser=browser,
+            writer=writer,
+            tiers=tiers,
+            l1=l1,
+            coherence=coherence,
+            touches=touches,
         )
 
 

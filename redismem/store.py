@@ -10,8 +10,8 @@ from redismem.embed import Embedder
 from redismem.errors import EmbedderMismatch, Misconfigured
 from redismem.keys import META_PATTERN, STORE, Owner
 
-#: RediSearch refuses to load into older servers
-MIN_REDIS = (7, 1)
+#: the first whose hash fields expire one by one: cached searches, and the leases of processes
+MIN_REDIS = (7, 4)
 
 #: Redis below has an HNSW leak and a Lua use-after-free; fine to develop on
 SAFE_REDIS = (8, 2, 6)
@@ -49,7 +49,7 @@ def server_problem(facts: ServerFacts) -> str | None:
     """Return why this server cannot hold a store, with the remedy; None when it can."""
     shown = ".".join(map(str, facts.version))
     if facts.version < MIN_REDIS:
-        return f"Redis {shown} is too old: use 8.2.6 or newer (7.1 at least) with the search module."
+        return f"Redis {shown} is too old: use 8.2.6 or newer (7.4 at least) with the search module."
     if facts.search is None:
         return (
             "this Redis has no search module: use Redis 8, Redis Stack 7.4, "

@@ -34,6 +34,9 @@ MIN_NUMBER, MAX_NUMBER = 1e-6, 1e6
 SearchMode = Literal["hybrid", "semantic", "keyword"]
 QueryType = Literal["suggestion", "prefetch", "primary", "verification"]
 Consistency = Literal["eventual", "session", "strong"]
+#: higher than any generation
+NEVER_CACHED = 2**53
+
 PutOutcome = Literal["CREATED", "UPDATED", "UNCHANGED", "INVALID"]
 
 
@@ -298,8 +301,9 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
 
     `max_ms` bounds the search (in a batch the smallest one); what it cut off is told by `partial`.
     `min_similarity` is a bound on the cosine: it drops hits whose vector is farther. `query_type` chooses
-    the search width of an approximate index; exact indexes ignore it. Reads go to the primary, so every
-    `consistency` is met.
+    the search width of an approximate index; exact indexes ignore it. `consistency`: eventual may miss
+    memories of the last 60 s; `min_version` (session) sees the write that returned that generation; strong
+    sees every acknowledged write. Deleted and corrected memories are never returned.
     """
 
     text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_BYTES)] | None = None
@@ -331,6 +335,18 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
         if self.recency_weight + self.importance_weight > 1:
             raise ValueError("`recency_weight` and `importance_weight` add up to more than 1")
 
+    @property
+    def min_generation(self) -> int:
+        """The least generation of the owner at which a cached reply will do."""
+        return min_generation(self.consistency, self.min_version)
+
+
+def min_generation(consistency: Consistency, min_version: int | None) -> int:
+    """Return the least generation at which something cached will do; NEVER_CACHED for none."""
+    if consistency == "strong" or (consistency == "session" and min_version is None):
+        return NEVER_CACHED
+    return min_version or 0
+
 
 class Timing(Struct, kw_only=True):
     """Milliseconds by stage: turning the text into a vector, the Redis call, all of it."""
@@ -344,16 +360,20 @@ class SearchReply(Struct, kw_only=True, omit_defaults=True):
     """Best memories first.
 
     `total` counts every memory that matches the filters (keyword mode: the words as well), not only
-    those returned. `partial` with `reason`: part of the search was left out.
+    those returned. `generation` is that of the owner when the search was made. `partial` with `reason`:
+    part of the search was left out. `served_by`: this process's cache (l1), the one in Redis (l2), or the
+    index (l3). `stale`: Redis is away, and this is what was true before.
     """
 
     memories: list[Hit]
     total: int
     generation: int
-    served_by: Literal["l1", "l2", "l3"]
-    timing: Timing
     partial: bool
     reason: str | None = None
+    # last: a cached reply is everything before
+    served_by: Literal["l1", "l2", "l3"]
+    timing: Timing
+    stale: bool = False
 
 
 class BatchRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -459,3 +479,16 @@ class ImportRecord(MemoryInput, kw_only=True, omit_defaults=True):
         if self.superseded_by is not None:
             self.superseded_by = checked_name(self.superseded_by, "superseded_by")
         self.sources = _checked_names(self.sources, "sources")
+
+
+class StatsReply(Struct, kw_only=True):
+    """What one process's caches hold and did since its start; behind several workers, of one of them."""
+
+    process: str
+    #: by kind and in total: entries, bytes, hits, misses, and what became of entries
+    l1: dict[str, Any]
+    l2: dict[str, int]
+    #: reads that L1 was not asked for (no lease), that joined another's computation, that were stale
+    reads: dict[str, int]
+    #: whether L1 may answer, and what the push connection and barriers did
+    coherence: dict[str, Any]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -22,11 +23,14 @@ from redismem.codec import (
     memory_fields,
     vector_bytes,
 )
+from redismem.coherence import Coherence
 from redismem.embed import Embedder
 from redismem.errors import Conflict, InvalidInput, NotFound, StoreError, Unavailable, VersionMismatch
+from redismem.index import open_index
 from redismem.keys import VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
-from redismem.query import epoch, index_schema, packed_tags
+from redismem.query import epoch, packed_tags
+from redismem.rules import RULES, Event, confidence_event
 from redismem.types import (
     CorrectionReply,
     CorrectionRequest,
@@ -99,6 +103,7 @@ class Writer:
         functions: Functions,
         embedder: Embedder,
         backfill: Backfill,
+        coherence: Coherence,
         *,
         log_length: int,
         clock: Callable[[], float] = time.time,
@@ -106,15 +111,19 @@ class Writer:
         self._functions = functions
         self._embedder = embedder
         self._backfill = backfill
+        self._coherence = coherence
         self._browser = Browser(functions)
         self._log_length = log_length
         self._clock = clock
 
-    async def put(self, owner: Owner, memories: Sequence[MemoryInput], *, wait: bool = True) -> PutReply:
+    async def put(
+        self, owner: Owner, memories: Sequence[MemoryInput], *, wait: bool = True, strong: bool = False
+    ) -> PutReply:
         """Store memories; idempotent by id, and by content where no id is given.
 
         Args:
             wait: embed before the reply; False stores first and embeds within 0.5 s.
+            strong: return when no process answers with the old content of memories that changed.
 
         Returns:
             One item per memory, in order; an invalid one is reported and does not stop the others.
@@ -142,6 +151,9 @@ class Writer:
             if wait:
                 await self._embed(part)
             generation = await self._put_slice(owner, part, items)
+        changed = [str(item.id) for item in items if item is not None and item.outcome == "UPDATED"]
+        if changed:
+            await self._coherence.changed(Event.UPDATED, owner, changed, strong=strong)
         if not records:
             generation = int(await self._functions.client.execute("HGET", owner.meta, "generation") or 0)
         return PutReply(memories=[item for item in items if item is not None], generation=generation)
@@ -221,62 +233,71 @@ class Writer:
         self._backfill.add(owner, unembedded)
         return generation
 
-    async def _write(self, owner: Owner, function: str, *arguments: Argument) -> Any:
+    async def _write(
+        self, owner: Owner, function: str, *arguments: Argument, now_ms: int | None = None
+    ) -> Any:
         """Return the reply of a writing Function, after giving a new owner an index."""
-        keys = [owner.meta, owner.ids, owner.log, owner.turns]
-        now_ms = int(self._clock() * 1000)
+        keys = [owner.meta, owner.ids, owner.log, owner.turns, owner.searches, owner.hot, owner.hits]
+        now_ms = int(self._clock() * 1000) if now_ms is None else now_ms
         head: tuple[Argument, ...] = (owner.memory_prefix, now_ms, self._embedder.name, self._embedder.dim)
         for _ in range(3):  # a concurrent forget may remove the index again
             reply = await self._functions.call(function, keys, *head, self._log_length, *arguments)
             if reply[0] != b"NOINDEX":
                 return reply
-            await self.open_index(owner)
+            await open_index(self._functions, self._embedder, owner)
         raise StoreError(
             "the index of this user disappears as soon as it is made; is another process forgetting it?"
         )
 
-    async def open_index(self, owner: Owner) -> None:
-        """Make the exact index of an owner unless it is there. Cost: one round trip, 0.3 ms."""
-        field, embedder, dim = VECTOR_FIELDS[0], self._embedder.name, self._embedder.dim
-        raw = await self._functions.client.execute("HMGET", owner.meta, "vector_field", "embedder", "dim")
-        if all(raw):
-            field, embedder, dim = raw[0].decode(), raw[1].decode(), int(raw[2])
-        await self._functions.call(
-            "rm_open_v1",
-            [owner.index, owner.physical_index(field), owner.meta],
-            *(int(self._clock() * 1000), embedder, dim, field),
-            *index_schema(owner, field, dim),
-        )
-
     async def update(
-        self, owner: Owner, memory_id: str, patch: MemoryPatch, *, expected_version: int | None = None
+        self,
+        owner: Owner,
+        memory_id: str,
+        patch: MemoryPatch,
+        *,
+        expected_version: int | None = None,
+        strong: bool = False,
     ) -> Memory:
         """Change fields of a memory; compare-and-set on its version.
+
+        Args:
+            strong: return when no process answers with the old content.
 
         Raises:
             NotFound: there is no such memory.
             VersionMismatch: `expected_version` is not the stored one, or writes keep overtaking.
             InvalidInput: the result would not be a valid memory.
 
-        Cost: three round trips, and an embedding when the text or the session changed.
+        Cost: two round trips, and an embedding and two more when the text or the session changed.
         """
         for _ in range(_MAX_MERGES):
             old = await self._browser.get(owner, memory_id)
             if expected_version is not None and old.version != expected_version:
                 break
             merged = _merged(old, patch)
+            event = _event(old, merged)
             moved = merged.text != old.text or merged.session_id != old.session_id
+            kind = "given" if moved else "keep" if RULES[event].drops_searches else "minor"
             try:
-                record = record_arguments(memory_id, "given" if moved else "keep", self._fields(merged))
+                record = record_arguments(memory_id, kind, self._fields(merged))
             except ValueError as exc:
                 raise InvalidInput.from_value(exc) from exc
-            reply = await self._write(owner, "rm_update_v1", old.version, *record)
+            now_ms = int(self._clock() * 1000)
+            reply = await self._write(owner, "rm_update_v1", old.version, *record, now_ms=now_ms)
             if reply[0] == b"MISSING":
                 raise NotFound(f"there is no memory {memory_id!r}")
             if reply[0] == b"OK":
+                await self._coherence.changed(event, owner, [memory_id], strong=strong)
                 stale = [raw.decode() for raw in reply[3]]
-                await self._embed_soon(owner, [memory_id] if not reply[2] else [], stale)
-                return await self._browser.get(owner, memory_id)
+                left = await self._embed_soon(owner, [memory_id] if not reply[2] else [], stale)
+                # not read again: whoever deletes it now must not make this write look failed
+                return msgspec.structs.replace(
+                    old,
+                    **{name: getattr(merged, name) for name in MemoryPatch.__struct_fields__},
+                    version=int(reply[1]),
+                    updated_at=datetime.fromtimestamp(now_ms / 1000, UTC),
+                    embedded=not left,
+                )
         raise VersionMismatch(
             f"memory {memory_id!r} is at version {old.version}; read it again", field="If-Match"
         )
@@ -287,14 +308,16 @@ class Writer:
         Raises:
             NotFound: there is no such memory (any more).
 
-        Cost: one round trip.
+        Cost: one round trip, and a barrier.
         """
         reply = await self._functions.call(
             "rm_delete_v1",
-            [owner.meta, owner.ids, owner.log, owner.turns],
+            [owner.meta, owner.ids, owner.log, owner.turns, owner.searches, owner.hot, owner.hits],
             *(owner.memory_prefix, int(self._clock() * 1000), self._log_length, memory_id),
         )
         _, generation, stale, outcomes = reply
+        # also when it was gone: whoever deleted it may have died before its barrier
+        await self._coherence.changed(Event.DELETED, owner, [memory_id])
         if outcomes != [b"DELETED"]:
             raise NotFound(f"there is no memory {memory_id!r}")
         self._backfill.add(owner, [raw.decode() for raw in stale])
@@ -307,13 +330,14 @@ class Writer:
             NotFound: one of `ids` does not exist; nothing was changed.
             Conflict: the new memory's id belongs to another memory.
 
-        Cost: one round trip, an embedding and two more for it.
+        Cost: one round trip, a barrier, an embedding and two more round trips for it.
         """
         memory = request.memory
         try:
             fields = self._fields(memory)
         except ValueError as exc:
             raise InvalidInput.from_value(exc, "memory") from exc
+        held = self._coherence.held(owner, request.ids)
         for attempt in range(_MAX_ID_ATTEMPTS):
             new_id = memory.id or derived_id(content_hash(memory), attempt)
             if new_id in request.ids:
@@ -323,9 +347,14 @@ class Writer:
             if reply[0] == b"MISSING":
                 raise NotFound(f"there is no memory {reply[1].decode()!r}", field="ids")
             if reply[0] != b"TAKEN":
+                created = reply[0] == b"CREATED"
+                event = Event.USER_CORRECTION if created else Event.CONTRADICTION_RESOLVED
+                await self._coherence.changed(event, owner, [*request.ids, new_id])
                 await self._embed_soon(
                     owner, [] if reply[3] else [new_id], [raw.decode() for raw in reply[4]]
                 )
+                if RULES[event].rewarms:
+                    self._coherence.rewarm(held)
                 return CorrectionReply(
                     id=new_id,
                     outcome=reply[0].decode(),
@@ -337,30 +366,43 @@ class Writer:
                 break
         raise Conflict(f"memory {new_id!r} exists with other content; choose another id", field="memory.id")
 
-    async def _embed_soon(self, owner: Owner, awaited: list[str], later: list[str]) -> None:
+    async def _embed_soon(self, owner: Owner, awaited: list[str], later: list[str]) -> list[str]:
+        """Embed now what is awaited and soon the rest; return what is still without a vector."""
         self._backfill.add(owner, [memory_id for memory_id in later if memory_id not in awaited])
         try:
             left = await self._backfill.embed_now(owner, awaited, urgent=True) if awaited else []
         except Unavailable:
             left = awaited
         self._backfill.add(owner, left)
+        return left
 
     async def forget(self, owner: Owner) -> ForgetReply:
         """Remove everything that is stored of an owner, index included.
 
-        Cost: one round trip per 500 memories; Redis is never held for longer than one slice.
+        Cost: one round trip per 500 memories, and a barrier; Redis is never held for longer than one slice.
         """
         memories = 0
         while True:
             reply = await self._functions.call(
                 "rm_forget_v1",
-                [owner.index, owner.meta, owner.ids, owner.log, owner.turns],
+                [
+                    *(owner.index, owner.meta, owner.ids, owner.log, owner.turns),
+                    *(owner.searches, owner.hot, owner.hits),
+                ],
                 *(owner.memory_prefix, FORGET_SLICE),
                 *(owner.physical_index(field) for field in VECTOR_FIELDS),
             )
             memories += reply[1]
             if reply[3]:
+                await self._coherence.changed(Event.FORGOTTEN, owner, None)
                 return ForgetReply(memories=memories, keys=memories + reply[2])
+
+
+def _event(old: Memory, new: MemoryInput) -> Event:
+    changed = {name for name in MemoryPatch.__struct_fields__ if getattr(old, name) != getattr(new, name)}
+    if not changed <= {"confidence", "importance"}:
+        return Event.UPDATED
+    return confidence_event(old.confidence, new.confidence)
 
 
 def _merged(old: Memory, patch: MemoryPatch) -> MemoryInput:

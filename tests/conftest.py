@@ -17,7 +17,7 @@ from redismem.client import Client
 from redismem.embedded import EmbeddedRedis
 from redismem.http.app import create_app
 from redismem.keys import Owner
-from redismem.service import Service, open_service
+from redismem.service import Service, assembled, open_service
 from redismem.settings import Settings
 
 # the same examples in every run: a change is judged by what it changed
@@ -55,8 +55,13 @@ async def redis_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[s
 
 @pytest.fixture(scope="session")
 def settings(redis_url: str) -> Settings:
-    """Settings of a service on the test server; its embedder knows no meaning but costs nothing."""
-    return Settings(redis_url=redis_url, embedder="deterministic", testing=True)
+    """Settings of a service on the test server; its embedder knows no meaning but costs nothing.
+
+    Its caches are off: what a search finds is not what it found a moment ago. `tiered` has them on.
+    """
+    return Settings(
+        redis_url=redis_url, embedder="deterministic", testing=True, l1_entries=0, l2_searches=0, lease_s=0.5
+    )
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +83,18 @@ async def service(open_store: Service) -> AsyncIterator[Service]:
         await open_store.client.execute(
             "HSET", "redismem:store", "schema", 1, "embedder", embedder.name, "dim", embedder.dim
         )
+
+
+@pytest.fixture
+async def tiered(service: Service) -> AsyncIterator[Service]:
+    """A service with its caches, on the same store; its L1 may answer."""
+    settings = Settings(
+        redis_url=service.settings.redis_url, embedder="deterministic", testing=True, lease_s=0.5
+    )
+    async with assembled(settings, service.client, service.embedder) as opened:
+        await until("the lease is held", lambda: asyncio.sleep(0, opened.coherence.is_live()))
+        yield opened
+        assert await opened.backfill.drained(10)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import re
 import secrets
 import signal
 import threading
@@ -21,15 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redismem.errors import RedisMemError
 from redismem.http.docs import docs_page
+from redismem.http.hot import HotPath
 from redismem.http.openapi import openapi_document
 from redismem.http.table import OPERATIONS, guarded
-from redismem.http.wire import error_response, json_response
+from redismem.http.wire import error_response, is_request_id, json_response
 from redismem.service import Service, open_service
 from redismem.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RawPath:
@@ -54,10 +52,8 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode(
-            "latin-1"
-        )
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given.decode() if is_request_id(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def tagged(message: Message) -> None:
@@ -131,7 +127,7 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
     app.router.redirect_slashes = False
     if service is not None:
         app.state.service = service
-    return RequestId(RawPath(app))
+    return HotPath(RequestId(RawPath(app)), app)
 
 
 def worker_app() -> ASGIApp:

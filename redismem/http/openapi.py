@@ -19,7 +19,7 @@ import msgspec
 from redismem import errors
 from redismem.http.routes import Health
 from redismem.http.table import Operation
-from redismem.types import MAX_BATCH_MEMORIES, MAX_TEXT_BYTES, Memory
+from redismem.types import MAX_BATCH_MEMORIES, MAX_TEXT_BYTES, BatchReply, Memory
 
 Schema = dict[str, Any]
 
@@ -134,6 +134,11 @@ _REPLY_HEADERS: dict[str, Schema] = {
         "description": "Version of the memory, for If-Match",
         "required": True,
         "schema": {"type": "string", "pattern": '^"[0-9]+"$'},
+    },
+    "Redismem-Generation": {
+        "description": "The owner's generation that the reply shows or made, for `min_version`",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 0},
     },
     "Retry-After": {
         "description": "Seconds to wait before trying again",
@@ -297,7 +302,9 @@ def _replies(operation: Operation) -> Schema:
     found: Schema = {}
     for status in operation.statuses:
         tagged = operation.reply is Memory and not operation.ndjson
-        headers = _headers("X-Request-ID", "ETag") if tagged else _headers("X-Request-ID")
+        shown = operation.reply is not None and "generation" in operation.reply.__struct_fields__
+        generation = ["Redismem-Generation"] if tagged or shown or operation.reply is BatchReply else []
+        headers = _headers("X-Request-ID", *(["ETag"] if tagged else []), *generation)
         found[str(status)] = {"description": HTTPStatus(status).phrase, "headers": headers}
         if operation.reply:
             media = _NDJSON if operation.ndjson and not operation.request else _JSON

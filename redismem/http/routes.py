@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from redismem.errors import InvalidInput, RedisMemError, Unavailable
 from redismem.http.wire import (
+    answer_response,
     converted,
     decoded,
     json_response,
@@ -22,10 +23,11 @@ from redismem.http.wire import (
 )
 from redismem.keys import Owner
 from redismem.service import Service
+from redismem.tiers import Answer
 from redismem.types import (
     MAX_BATCH_MEMORIES,
-    BatchReply,
     BatchRequest,
+    Consistency,
     CorrectionRequest,
     Filters,
     ImportRecord,
@@ -36,6 +38,7 @@ from redismem.types import (
     PutItem,
     SearchRequest,
     checked_name,
+    min_generation,
 )
 
 MOMENTS = ("created_at", "updated_at", "event_date")
@@ -62,6 +65,15 @@ class _RawBatch(Struct, forbid_unknown_fields=True, kw_only=True):
     memories: list[msgspec.Raw]
 
 
+class _ReadQuery(Struct, kw_only=True):
+    consistency: Consistency = "eventual"
+    min_version: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+
+
+class _WriteQuery(Struct, kw_only=True):
+    consistency: Literal["eventual", "strong"] = "eventual"
+
+
 class _ListQuery(Struct, kw_only=True):
     limit: int = 50
     cursor: str | None = None
@@ -83,6 +95,11 @@ def _memory_id(request: Request) -> str:
         raise InvalidInput(str(exc), field="id") from exc
 
 
+def _missed(request: Request) -> bool:
+    """Return whether L1 was asked before the request came here."""
+    return "l1_missed" in request.scope
+
+
 async def _body(request: Request, kind: type[Any]) -> Any:
     return decoded(await read_body(request, _service(request).settings.max_body_bytes), kind)
 
@@ -94,6 +111,11 @@ def _flag(request: Request, name: str, *, default: bool) -> bool:
     if raw.lower() not in ("true", "false", "1", "0"):
         raise InvalidInput(f"`{name}` must be true or false", field=name)
     return raw.lower() in ("true", "1")
+
+
+def _is_strong(request: Request) -> bool:
+    given = {name: value for name, value in request.query_params.items() if name == "consistency"}
+    return converted(given, _WriteQuery).consistency == "strong"
 
 
 async def add_memories(request: Request) -> Response:
@@ -108,7 +130,7 @@ async def add_memories(request: Request) -> Response:
         memories.append(decoded(body, MemoryInput))
     else:
         memories, items = _each_memory(decoded(body, _RawBatch).memories)
-    reply = await service.writer.put(owner, memories, wait=wait)
+    reply = await service.writer.put(owner, memories, wait=wait, strong=_is_strong(request))
     stored = iter(reply.memories)
     reply.memories = [item or next(stored) for item in items]
     refused = [i for i, item in enumerate(reply.memories) if item.outcome == "INVALID"]
@@ -116,7 +138,7 @@ async def add_memories(request: Request) -> Response:
         first = reply.memories[0]
         where = first.field if single else f"memories[0].{first.field or ''}".rstrip(".")
         raise InvalidInput(first.error or "", field=where)
-    return json_response(reply, 201 if wait else 202)
+    return json_response(reply, 201 if wait else 202, generation=reply.generation)
 
 
 def _each_memory(raw_items: list[msgspec.Raw]) -> tuple[list[MemoryInput], list[PutItem | None]]:
@@ -138,7 +160,8 @@ async def list_memories(request: Request) -> Response:
     page, filters = _list_query(request)
     if not 1 <= page.limit <= 500:
         raise InvalidInput("`limit` must be 1 to 500", field="limit")
-    return json_response(await _service(request).page(_owner(request), filters, page.limit, page.cursor))
+    reply = await _service(request).tiers.page(_owner(request), filters, page.limit, page.cursor)
+    return json_response(reply, generation=reply.generation)
 
 
 def _list_query(request: Request) -> tuple[_ListQuery, Filters]:
@@ -181,8 +204,11 @@ def _scalar(text: str) -> object:
 
 async def get_memory(request: Request) -> Response:
     """Read one memory."""
-    memory = await _service(request).browser.get(_owner(request), _memory_id(request))
-    return _with_etag(memory)
+    wanted = converted(dict(request.query_params), _ReadQuery)
+    least = min_generation(wanted.consistency, wanted.min_version)
+    memory_id, missed = _memory_id(request), _missed(request)
+    answer = await _service(request).tiers.memory(_owner(request), memory_id, least, missed=missed)
+    return _with_etag(answer)
 
 
 async def change_memory(request: Request) -> Response:
@@ -190,8 +216,11 @@ async def change_memory(request: Request) -> Response:
     owner, memory_id = _owner(request), _memory_id(request)
     patch = await _body(request, MemoryPatch)
     expected = _expected_version(request.headers.get("if-match"))
-    memory = await _service(request).writer.update(owner, memory_id, patch, expected_version=expected)
-    return _with_etag(memory)
+    strong = _is_strong(request)
+    memory = await _service(request).writer.update(
+        owner, memory_id, patch, expected_version=expected, strong=strong
+    )
+    return _with_etag(Answer(msgspec.json.encode(memory), memory.version))
 
 
 def _expected_version(tag: str | None) -> int | None:
@@ -205,13 +234,14 @@ def _expected_version(tag: str | None) -> int | None:
     return int(bare)
 
 
-def _with_etag(memory: Memory) -> Response:
-    return json_response(memory, headers={"ETag": f'"{memory.version}"'})
+def _with_etag(answer: Answer) -> Response:
+    return answer_response(answer, {"ETag": f'"{answer.generation}"'})
 
 
 async def delete_memory(request: Request) -> Response:
     """Delete a memory and everything made from it."""
-    return json_response(await _service(request).writer.delete(_owner(request), _memory_id(request)))
+    reply = await _service(request).writer.delete(_owner(request), _memory_id(request))
+    return json_response(reply, generation=reply.generation)
 
 
 async def memory_history(request: Request) -> Response:
@@ -222,21 +252,27 @@ async def memory_history(request: Request) -> Response:
 async def search(request: Request) -> Response:
     """Find the best memories."""
     owner = _owner(request)
-    return json_response(await _service(request).search(owner, await _body(request, SearchRequest)))
+    body = await _body(request, SearchRequest)
+    answer = await _service(request).tiers.search(owner, body, missed=_missed(request))
+    return answer_response(answer)
 
 
 async def search_batch(request: Request) -> Response:
     """Answer up to 50 searches of one user in one round trip."""
     owner = _owner(request)
     batch = await _body(request, BatchRequest)
-    return json_response(BatchReply(results=await _service(request).search_each(owner, batch.queries)))
+    answers = await _service(request).tiers.search_batch(owner, batch.queries)
+    body = b'{"results":[%s]}' % b",".join(answer.body for answer in answers)
+    # what all of them show is what the oldest shows
+    return answer_response(Answer(body, min(answer.generation for answer in answers)))
 
 
 async def correct(request: Request) -> Response:
     """Replace memories that are no longer true."""
     owner = _owner(request)
     body = await _body(request, CorrectionRequest)
-    return json_response(await _service(request).writer.correct(owner, body), 201)
+    reply = await _service(request).writer.correct(owner, body)
+    return json_response(reply, 201, generation=reply.generation)
 
 
 async def export(request: Request) -> Response:
@@ -283,12 +319,18 @@ async def import_memories(request: Request) -> Response:
     if waiting or not generation:
         generation = await store()
     lowered = {name.lower(): count for name, count in counts.items()}
-    return json_response(ImportReply(**lowered, errors=errors, generation=generation))
+    reply = ImportReply(**lowered, errors=errors, generation=generation)
+    return json_response(reply, generation=generation)
 
 
 async def forget_user(request: Request) -> Response:
     """Remove everything of a user."""
     return json_response(await _service(request).writer.forget(_owner(request)))
+
+
+async def stats(request: Request) -> Response:
+    """Tell what this process's caches hold and did, since its start."""
+    return json_response(_service(request).stats())
 
 
 async def live(request: Request) -> Response:

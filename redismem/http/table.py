@@ -31,6 +31,7 @@ from redismem.types import (
     PutReply,
     SearchReply,
     SearchRequest,
+    StatsReply,
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -91,6 +92,21 @@ _WAIT = {
     "default": True,
     "description": "false: stored and searchable by words at once, embedded within 0.5 s",
 }
+_WRITE_CONSISTENCY = {
+    "type": "string",
+    "enum": ["eventual", "strong"],
+    "default": "eventual",
+    "description": "strong: answered when no process returns the old content, as deletes always are",
+}
+_READ_CONSISTENCY: dict[str, dict[str, Any]] = {
+    "consistency": {"type": "string", "enum": ["eventual", "session", "strong"], "default": "eventual"},
+    "min_version": {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": 2**53,
+        "description": "session: the generation that a write returned, which the reply must show",
+    },
+}
 
 
 def _list_parameters() -> dict[str, dict[str, Any]]:
@@ -120,7 +136,7 @@ OPERATIONS = (
         reply=PutReply,
         statuses=(201, 202),
         errors=(409,),
-        query={"wait": _WAIT},
+        query={"wait": _WAIT, "consistency": _WRITE_CONSISTENCY},
     ),
     Operation(
         method="GET",
@@ -137,6 +153,7 @@ OPERATIONS = (
         handler=routes.get_memory,
         summary="Read a memory",
         reply=Memory,
+        query=_READ_CONSISTENCY,
         errors=(404,),
     ),
     Operation(
@@ -147,6 +164,7 @@ OPERATIONS = (
         request=(MemoryPatch,),
         reply=Memory,
         errors=(404, 412),
+        query={"consistency": _WRITE_CONSISTENCY},
         headers={"If-Match": "ETag of the version to change"},
     ),
     Operation(
@@ -217,6 +235,13 @@ OPERATIONS = (
         handler=routes.forget_user,
         summary="Forget a user",
         reply=ForgetReply,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/stats",
+        handler=routes.stats,
+        summary="Caches and coherence of this process",
+        reply=StatsReply,
     ),
     Operation(
         method="GET", path="/health/live", handler=routes.live, summary="The process runs", reply=Health

@@ -12,8 +12,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from redismem.errors import InvalidInput, MalformedBody, PayloadTooLarge, RedisMemError, Unavailable
+from redismem.tiers import Answer
 
 T = TypeVar("T")
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 _WHERE = re.compile(r" - at `(?:key in )?\$?\.?(.*?)`$")
 _QUOTED = re.compile(r"`([A-Za-z_]+)`")
@@ -21,9 +24,30 @@ _QUOTED = re.compile(r"`([A-Za-z_]+)`")
 _encoder = msgspec.json.Encoder()
 
 
-def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+#: header of replies that show or make a state of an owner: the generation to hand back as `min_version`
+GENERATION_HEADER = "Redismem-Generation"
+
+
+def json_response(
+    value: object, status: int = 200, headers: dict[str, str] | None = None, *, generation: int | None = None
+) -> Response:
     """Return a value of `types` as a JSON response."""
+    if generation is not None:
+        headers = {**(headers or {}), GENERATION_HEADER: str(generation)}
     return Response(_encoder.encode(value), status, headers, "application/json")
+
+
+def answer_response(answer: Answer, headers: dict[str, str] | None = None) -> Response:
+    """Return a reply that is JSON already."""
+    headers = {**(headers or {}), GENERATION_HEADER: str(answer.generation)}
+    if answer.stale:
+        headers["Warning"] = '110 - "Response is Stale"'
+    return Response(answer.body, 200, headers, "application/json")
+
+
+def is_request_id(given: bytes) -> bool:
+    """Return whether a caller's X-Request-ID is fit to be logged and sent back."""
+    return _REQUEST_ID.fullmatch(given) is not None
 
 
 def error_response(error: RedisMemError, request_id: str) -> Response:

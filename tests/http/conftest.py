@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from urllib.parse import quote
 
 import httpx
 import pytest
 
-from redismem.backfill import Backfill
 from redismem.embed.deterministic import DeterministicEmbedder
 from redismem.embed.protocol import Vectors
 from redismem.errors import EmbedderUnavailable
 from redismem.http.app import create_app
-from redismem.read import Reader
-from redismem.service import Service
-from redismem.write import Writer
+from redismem.service import Service, assembled
 
 JSON = {"Content-Type": "application/json"}
 
@@ -98,18 +94,11 @@ def gate() -> Gate:
 @pytest.fixture
 async def gated(service: Service, gate: Gate) -> AsyncIterator[Service]:
     """The service of the run with an embedder that a test can hold or take away."""
-    backfill = Backfill(service.functions, gate)
-    yield dataclasses.replace(
-        service,
-        embedder=gate,
-        backfill=backfill,
-        reader=Reader(service.functions, gate),
-        writer=Writer(service.functions, gate, backfill, log_length=service.settings.log_length),
-    )
-    gate.away = False
-    gate.open.set()
-    assert await backfill.drained(10)
-    await backfill.close()
+    async with assembled(service.settings, service.client, gate) as opened:
+        yield opened
+        gate.away = False
+        gate.open.set()
+        assert await opened.backfill.drained(10)
 
 
 @pytest.fixture

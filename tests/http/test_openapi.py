@@ -145,7 +145,7 @@ def test_every_schema_is_json_schema_and_says_what_it_is(name: str) -> None:
 
 def test_every_route_is_documented_and_every_documented_route_exists(service: Service) -> None:
     app: Any = create_app(service)
-    routes = app._app._app.routes
+    routes = app._app.routes
     served = {(method.lower(), route.path) for route in routes for method in route.methods} - {
         ("head", route.path) for route in routes
     }

@@ -93,9 +93,9 @@ async def everything(service: Service, owner: Owner, memory_id: str, filters: li
         for mode in MODES
         for text in (memory_id, "shared secret")
     ]
-    shown = [hit.text for reply in await service.search_each(owner, requests) for hit in reply.memories]
+    shown = [hit.text for reply in await service.tiers.find(owner, requests) for hit in reply.memories]
     for one in filters:
-        shown += [memory.text for memory in (await service.page(owner, one, 100, None)).memories]
+        shown += [memory.text for memory in (await service.tiers.page(owner, one, 100, None)).memories]
     async for page in service.browser.export(owner):
         shown += [memory.text for memory in page]
     return [*shown, (await service.browser.get(owner, memory_id)).text]
@@ -137,10 +137,10 @@ async def test_nobody_sees_another_owners_memory(
                     await read(owner, f"only{(number + 1) % len(owners)}")
         await service.writer.delete(owners[0], memory_id)
         await service.writer.forget(owners[1])
-        assert (await service.page(owners[0], Filters(), 10, None)).total == 1
-        assert (await service.page(owners[1], Filters(), 10, None)).total == 0
+        assert (await service.tiers.page(owners[0], Filters(), 10, None)).total == 1
+        assert (await service.tiers.page(owners[1], Filters(), 10, None)).total == 0
         for owner in owners[2:]:
-            assert (await service.page(owner, Filters(), 10, None)).total == 2
+            assert (await service.tiers.page(owner, Filters(), 10, None)).total == 2
             assert len((await service.browser.history(owner, memory_id)).events) == 1
     finally:
         await asyncio.gather(*(service.writer.forget(owner) for owner in owners))
@@ -161,7 +161,7 @@ async def test_what_a_user_without_memories_asks_leaves_nothing(service: Service
             await refused
     for mode in MODES:
         assert (await service.search(owner, SearchRequest(text="a", search_mode=mode))).total == 0
-    assert (await service.page(owner, Filters(), 10, None)).total == 0
+    assert (await service.tiers.page(owner, Filters(), 10, None)).total == 0
     assert await service.client.execute("KEYS", "*") == [b"redismem:store"]
     assert await service.client.execute("FT._LIST") == []
 
@@ -213,7 +213,7 @@ async def test_a_filter_finds_exactly_the_memories_with_its_value(
                 SearchRequest(text="memory", search_mode="keyword", limit=100, filters=filters)
                 for filters, _ in cases
             ]
-            replies = await service.search_each(owner, requests)
+            replies = await service.tiers.find(owner, requests)
             for (filters, expected), reply in zip(cases, replies, strict=True):
                 assert reply.total == len(expected), filters
                 assert {hit.id for hit in reply.memories} <= expected, filters
@@ -268,7 +268,7 @@ async def test_every_word_of_a_text_finds_it(service: Service, owner: Owner, tex
     await service.writer.put(owner, [*others, MemoryInput(id="a", text=text)], wait=False)
     words = spoken_words(text)
     requests = [SearchRequest(text=word, search_mode="keyword", limit=100) for word in words]
-    replies = await service.search_each(owner, requests) if requests else []
+    replies = await service.tiers.find(owner, requests) if requests else []
     missed = [
         word
         for word, reply in zip(words, replies, strict=True)
@@ -291,7 +291,7 @@ async def test_words_of_a_script_without_spaces_are_found(
 ) -> None:
     await service.writer.put(owner, [MemoryInput(id="a", text=text)], wait=False)
     requests = [SearchRequest(text=word, search_mode="keyword") for word in words]
-    replies = await service.search_each(owner, requests)
+    replies = await service.tiers.find(owner, requests)
     assert [word for word, reply in zip(words, replies, strict=True) if reply.total == 0] == []
 
 

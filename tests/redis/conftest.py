@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 
+from redismem.client import Argument, Client
 from redismem.codec import vector_bytes
 from redismem.keys import Owner
 from redismem.service import Service
@@ -67,19 +68,21 @@ def round_trips(service: Service, monkeypatch: pytest.MonkeyPatch) -> Counter:
     @contextmanager
     def counted() -> Any:
         sent: list[str] = []
-        execute, pipeline = service.client.redis.execute_command, service.client.redis.pipeline
+        execute, pipeline = Client.execute, Client.pipeline
 
-        async def counting(*args: Any, **options: Any) -> Any:
-            sent.append(str(args[0]))
-            return await execute(*args, **options)
+        async def counting(self: Client, *command: Argument) -> Any:
+            if self is service.client:
+                sent.append(str(command[0]))
+            return await execute(self, *command)
 
-        def piped(*args: Any, **options: Any) -> Any:
-            sent.append("pipeline")
-            return pipeline(*args, **options)
+        async def piped(self: Client, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+            if self is service.client:
+                sent.append("pipeline")
+            return await pipeline(self, commands)
 
         with monkeypatch.context() as patch:
-            patch.setattr(service.client.redis, "execute_command", counting)
-            patch.setattr(service.client.redis, "pipeline", piped)
+            patch.setattr(Client, "execute", counting)
+            patch.setattr(Client, "pipeline", piped)
             yield sent
 
     return counted

@@ -31,7 +31,8 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
     await service.writer.put(owner, [MemoryInput(id=name, text=name, session_id="s") for name in ("a", "b")])
     embedder, dim = service.embedder.name, service.embedder.dim
     version = (await service.browser.get(owner, "a")).version
-    keys = [owner.meta, owner.ids, owner.log, owner.turns]
+    caches = [owner.searches, owner.hot, owner.hits]
+    keys = [owner.meta, owner.ids, owner.log, owner.turns, *caches]
     head: list[Argument] = [owner.memory_prefix, 1_800_000_000_000, embedder, dim, 100]
     fields: dict[str, str | bytes] = {
         "text": "new",
@@ -55,10 +56,11 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
         ),
         (
             "rm_forget_v1",
-            [owner.index, owner.meta, owner.ids, owner.log, owner.turns],
+            [owner.index, owner.meta, owner.ids, owner.log, owner.turns, *caches],
             [owner.memory_prefix, 1, owner.physical_index("embedding")],
         ),
         ("rm_adopt_v1", [owner.index, owner.ids, owner.meta], [owner.memory_prefix, 0, 10]),
+        ("rm_touch_v1", caches[1:], [owner.memory_prefix, 1_800_000_000_000, 60_000, 10, "a", 1, "b", 2]),
         ("rm_reindex_v1", [owner.ids], [owner.memory_prefix, "a", "b"]),
         (
             "rm_begin_v1",
@@ -157,13 +159,15 @@ async def restored(service: Service, copy: dict[bytes, bytes]) -> None:
     await service.client.pipeline([("RESTORE", key, 0, raw, "REPLACE") for key, raw in copy.items()])
 
 
-@pytest.mark.parametrize("kind", ["meta", "ids", "log", "turns", "memory"])
+@pytest.mark.parametrize("kind", ["meta", "ids", "log", "turns", "searches", "hot", "hits", "memory"])
 async def test_a_key_of_a_foreign_type_is_named_and_nothing_is_written(
     service: Service, owner: Owner, calls: list[Call], dump: Any, kind: str
 ) -> None:
     failures = []
     for name, keys, args in calls:
-        if not name.startswith(("rm_put", "rm_update", "rm_delete", "rm_correct", "rm_embed")):
+        if not name.startswith(("rm_put", "rm_update", "rm_delete", "rm_correct", "rm_embed", "rm_touch")):
+            continue
+        if name == "rm_touch_v1" and kind == "memory":  # it only asks whether it is there
             continue
         copy = await saved(service)
         memory_id = {"rm_put_v1": "new", "rm_update_v1": "a", "rm_correct_v1": "new"}.get(name, "b")
@@ -213,8 +217,8 @@ async def test_after_a_function_flush_every_call_heals_the_server(service: Servi
     acts: tuple[Callable[[], Awaitable[object]], ...] = (
         put,
         lambda: service.search(owner, SearchRequest(text="tea")),
-        lambda: service.search_each(owner, [SearchRequest(text="tea")] * 3),
-        lambda: service.page(owner, Filters(), 10, None),
+        lambda: service.tiers.find(owner, [SearchRequest(text="tea")] * 3),
+        lambda: service.tiers.page(owner, Filters(), 10, None),
         lambda: service.writer.update(owner, "a", MemoryPatch(text="coffee")),
         lambda: service.writer.correct(
             owner, CorrectionRequest(ids=["a"], memory=MemoryInput(id="b", text="x"))

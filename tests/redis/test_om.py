@@ -230,7 +230,7 @@ async def test_a_saved_memory_is_found_by_words_at_once_and_by_meaning_after_ree
     reembedder = Reembedder(service.client, service.functions, service.embedder)
     assert await reembedder.move(owner) == 1
     assert await found(service, owner, "Löwe", "semantic") == [saved.pk]
-    assert (await service.page(owner, Filters(), 10, None)).total == 1
+    assert (await service.tiers.page(owner, Filters(), 10, None)).total == 1
 
 
 async def test_a_save_stores_what_the_service_would_store(service: Service, owner: Owner, model: Any) -> None:

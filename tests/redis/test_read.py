@@ -181,7 +181,7 @@ def random_filters(rng: random.Random, memories: list[Given]) -> Filters:
 async def listed(service: Service, owner: Owner, filters: Filters) -> tuple[list[Memory], set[int]]:
     found, totals, cursor = [], set(), None
     while True:
-        reply = await service.page(owner, filters, 100, cursor)
+        reply = await service.tiers.page(owner, filters, 100, cursor)
         found += reply.memories
         totals.add(reply.total)
         cursor = reply.cursor
@@ -247,7 +247,7 @@ async def test_pages_hold_every_memory_once_while_others_come_and_go(service: Se
     cursor, limit = None, 7
     gone: set[str] = set()
     while True:
-        reply = await service.page(owner, Filters(), limit, cursor)
+        reply = await service.tiers.page(owner, Filters(), limit, cursor)
         assert len(reply.memories) == limit or reply.cursor is None
         assert not {memory.id for memory in reply.memories} & gone
         seen += reply.memories
@@ -278,7 +278,7 @@ FOREIGN = urlsafe_b64encode(b'["1767225600",["a"]]').decode()
 async def test_a_cursor_that_is_not_ours_is_refused(service: Service, owner: Owner, cursor: str) -> None:
     await service.writer.put(owner, [MemoryInput(id="a", text="tea")])
     with pytest.raises(InvalidInput) as caught:
-        await service.page(owner, Filters(), 10, cursor)
+        await service.tiers.page(owner, Filters(), 10, cursor)
     assert caught.value.field == "cursor"
 
 
@@ -289,7 +289,7 @@ async def test_a_cursor_fits_a_url_also_among_many_of_one_moment(service: Servic
         await service.writer.put(owner, records[first : first + 500], wait=False)
     cursor, longest, count = None, 0, 0
     while True:
-        reply = await service.page(owner, Filters(), 100, cursor)
+        reply = await service.tiers.page(owner, Filters(), 100, cursor)
         count += len(reply.memories)
         if (cursor := reply.cursor) is None:
             break

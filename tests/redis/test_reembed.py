@@ -256,7 +256,7 @@ async def test_memories_of_other_services_get_a_vector_and_stay(
     await reembedder(service, embedder).run()
     assert await by_words(service, filled) == COUNT + 2
     assert await problems(service, filled, embedder) == []
-    page = await service.page(filled, Filters(), 500, None)
+    page = await service.tiers.page(filled, Filters(), 500, None)
     assert {memory.id for memory in page.memories} >= {"hand", "om"}
 
 

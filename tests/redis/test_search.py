@@ -10,6 +10,7 @@ import pytest
 
 from redismem.codec import memory_fields
 from redismem.errors import InvalidInput
+from redismem.index import open_index
 from redismem.keys import Owner
 from redismem.service import Service
 from redismem.types import (
@@ -80,7 +81,7 @@ async def test_an_exact_search_equals_a_linear_scan(service: Service) -> None:
     rng = np.random.default_rng(3)
     for count in (100, 1_000, 10_000):
         owner = service.owner(f"user{count}")
-        await service.writer.open_index(owner)
+        await open_index(service.functions, service.embedder, owner)
         rows = rng.standard_normal((count, 384)).astype(np.float32)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         stored = rows.astype(np.float16)
@@ -186,7 +187,7 @@ async def test_a_batch_is_one_round_trip_and_equals_single_searches(
 ) -> None:
     requests = [SearchRequest(text=f"{WORDS[i % 14]} tea", search_mode=MODES[i % 3]) for i in range(50)]
     with round_trips() as sent:
-        replies = await service.search_each(owner, requests)
+        replies = await service.tiers.find(owner, requests)
     assert sent == ["pipeline"]
     for request, reply in zip(requests, replies, strict=True):
         alone = await service.search(owner, request)

@@ -1,0 +1,192 @@
+"""Three processes, 32 clients, one store, and faults: nobody ever reads what was removed before.
+
+`REDISMEM_HISTORY_S` sets the seconds of the run; the rules are those of tests/accept/history.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.accept.history import Bounds, Event, check
+from tests.accept.history_faults import Cluster, Fault
+from tests.accept.history_load import Load, Offers, Trace
+
+pytestmark = pytest.mark.accept
+
+DURATION_S = float(os.environ.get("REDISMEM_HISTORY_S", "60"))
+BROKEN_S = 10.0
+#: seconds that the processes are set to keep what they cached; short, so that a run is many times as long
+MEMORY_TTL_S, SEARCH_TTL_S = 3.0, 6.0
+
+#: acknowledged operations a second, at least; below, the run would prove little
+LEAST_PER_S = {
+    "search": 100,
+    "get": 30,
+    "batch": 8,
+    "list": 4,
+    "put": 14,
+    "patch": 3,
+    "delete": 4,
+    "correct": 0.8,
+    "forget": 0.3,
+}
+#: deletes acknowledged a second between the starts of two faults, at least
+LEAST_DELETES_PER_S = 1
+#: each fault of a run, and how often
+FAULTS = {
+    "kill": 2,
+    "stop 3 s": 1,
+    "stop 1 s": 1,
+    "cut push": 2,
+    "redis restart": 1,
+    "redis kill": 1,
+    "function flush": 1,
+}
+#: seconds after a fault until latencies are as before: a lease of a process that is gone, and some more
+SETTLE_S = 4.0
+#: searches answered by a cache, connections of caches that were cut, and strong operations, at least;
+#: raise these when the service has them
+LEAST_SERVED = {"l1": 0, "l2": 0}
+LEAST_CUT = 0
+LEAST_STRONG = {"get": 0, "put": 0, "patch": 0}
+#: share of the requests that may fail without a fault that excuses it
+ERROR_SHARE = 0.001
+#: violations shown when there are too many to read
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is over."""
+
+    trace: Trace
+    faults: Sequence[Fault]
+    offers: Offers
+    began: float
+    seconds: float
+    cpu_share: float
+    cut: int
+    logs: str
+
+    def excused(self, began: float, ended: float) -> bool:
+        return any(fault.excuses and began <= fault.ended and ended >= fault.began for fault in self.faults)
+
+    @property
+    def errors(self) -> list[str]:
+        """Requests that failed while nothing was wrong."""
+        return [
+            f"at {began - self.began:.2f} s after {(ended - began):.3f} s: {what}"
+            for began, ended, what in self.trace.errors
+            if not self.excused(began, ended)
+        ]
+
+    def events(self) -> list[Event]:
+        """Return the events; what was refused while Redis was away may have been done all the same."""
+        away = [fault for fault in self.faults if fault.kind.startswith("redis")]
+        return [
+            replace(event, outcome="unknown")
+            if event.outcome == "failed"
+            and any(event.began <= fault.ended and event.ended >= fault.began for fault in away)
+            else event
+            for event in self.trace.events
+        ]
+
+    def done(self, operation: str) -> list[Event]:
+        return [e for e in self.trace.events if e.operation == operation and e.outcome == "ok"]
+
+    def report(self) -> str:
+        """Return what was done, seen and measured."""
+        strong = [event for event in self.trace.events if event.outcome == "ok" and event.is_strong_write]
+        calm = [event for event in strong if not self._overlaps_fault(event)]
+        lines = [
+            f"{self.trace.requests} requests in {self.seconds:.1f} s; clients {self.cpu_share:.0%} of a core",
+            f"push connections cut {self.cut}; errors {len(self.trace.errors)}, unexcused {len(self.errors)}",
+            f"acknowledged: {dict(Counter(e.operation for e in self.trace.events if e.outcome == 'ok'))}",
+            f"served by: {dict(self.trace.served_by)}; strong reads and updates offered: {self.offers}",
+            f"outcomes: {dict(Counter(e.outcome for e in self.trace.events))}",
+            "faults: " + ", ".join(f"{f.kind} at {f.began - self.began:.1f} s" for f in self.faults),
+            f"strong writes, ms: {percentiles(strong)}; away from faults: {percentiles(calm)}",
+            f"searches, ms: {percentiles(self.done('search'))}; gets, ms: {percentiles(self.done('get'))}",
+        ]
+        return "\n".join(lines)
+
+    def _overlaps_fault(self, event: Event) -> bool:
+        return any(
+            event.began <= fault.ended + SETTLE_S and event.ended >= fault.began for fault in self.faults
+        )
+
+
+def percentiles(events: Sequence[Event]) -> str:
+    """Return p50, p95, p99 and the largest latency in milliseconds, with n."""
+    ordered = sorted((event.ended - event.began) * 1000 for event in events)
+    if not ordered:
+        return "none"
+    ranks = [ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (50, 95, 99, 100)]
+    return " / ".join(f"{rank:.1f}" for rank in ranks) + f" (n={len(ordered)})"
+
+
+async def run(cluster: Cluster, duration_s: float, *, with_faults: bool) -> Run:
+    """Let the clients work for that long, and the cluster suffer."""
+    offers = await cluster.offers()
+    load = Load(cluster.ports, offers)
+    began, cpu = time.monotonic(), time.process_time()
+    async with asyncio.timeout(3 * duration_s + 120):
+        working = asyncio.create_task(load.run())
+        try:
+            await (cluster.suffer(duration_s) if with_faults else asyncio.sleep(duration_s))
+        finally:
+            load.stop()
+            trace = await working
+    seconds = time.monotonic() - began
+    cpu_share = (time.process_time() - cpu) / seconds
+    cut = sum(cluster.killed.values())
+    return Run(trace, cluster.faults, offers, began, seconds, cpu_share, cut, cluster.logs())
+
+
+async def test_no_process_returns_what_was_removed(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, MEMORY_TTL_S, SEARCH_TTL_S) as cluster:
+        seen = await run(cluster, DURATION_S, with_faults=True)
+    told = seen.report()
+    print("\n" + told)  # shown with -s
+    violations = check(seen.events(), Bounds(MEMORY_TTL_S, SEARCH_TTL_S))
+    shown = "\n".join(map(str, violations[:SHOWN]))
+    assert not violations, f"{Counter(v.rule for v in violations)}\n{shown}\n{told}"
+
+    for operation, least in LEAST_PER_S.items():
+        assert len(seen.done(operation)) >= least * seen.seconds, f"too few: {operation}\n{told}"
+    starts = [seen.began, *(fault.began for fault in seen.faults), seen.began + seen.seconds]
+    for since, to in pairwise(starts):
+        deletes = sum(since <= event.ended < to for event in seen.done("delete"))
+        # a strong write may wait out a lease: in a short phase none need end
+        enough = to - since < SETTLE_S or deletes >= LEAST_DELETES_PER_S * int(to - since)
+        assert enough, f"{deletes} deletes from {since - seen.began:.1f} s on\n{told}"
+    assert Counter(fault.kind for fault in seen.faults) == FAULTS
+    for source, least in LEAST_SERVED.items():
+        assert seen.trace.served_by[source] >= least, told
+    for operation, least in LEAST_STRONG.items():
+        assert sum(event.consistency == "strong" for event in seen.done(operation)) >= least, told
+    assert seen.cut >= LEAST_CUT, told
+    few = "\n".join(seen.errors[:SHOWN])
+    assert len(seen.errors) <= ERROR_SHARE * seen.trace.requests, f"{few}\n{told}\n{seen.logs}"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("redismem.coherence") is None,
+    reason="there is no redismem/coherence.py yet, so there is no barrier to break",
+)
+async def test_a_broken_barrier_is_found(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, MEMORY_TTL_S, SEARCH_TTL_S, broken=True) as cluster:
+        seen = await run(cluster, BROKEN_S, with_faults=False)
+    rules = Counter(violation.rule for violation in check(seen.events(), Bounds(MEMORY_TTL_S, SEARCH_TTL_S)))
+    print(f"\n{rules}\n{seen.report()}")  # shown with -s
+    assert rules["removed"], seen.report()
