@@ -233,7 +233,7 @@ class Coherence:
                     await self._subscribe(connection)
                     pause_s = _RECONNECT_S[0]
                     while True:
-                        self._handle(await connection.read_response(timeout=math.inf))
+                        self._handle(await connection.read_response())
             except (RedisMemError, TimeoutError) as exc:
                 logger.info("the push connection is down, L1 is bypassed: %s", exc)
             finally:
@@ -248,7 +248,7 @@ class Coherence:
     async def _subscribe(self, connection: Connection) -> None:
         async def command(*words: str | int) -> Any:
             await connection.send_command(*words, check_health=False)
-            return await connection.read_response(timeout=math.inf)
+            return await connection.read_response()
 
         async with asyncio.timeout(self._lease_s):
             await connection.connect()

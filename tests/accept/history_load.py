@@ -172,8 +172,6 @@ class _Actor:
         self._load.trace.statuses[operation, reply.status] += 1
         if reply.status in DONE:
             outcome: Outcome = "ok"
-        elif operation == "patch" and reply.status == 404:
-            outcome = "unknown"  # it reads the memory after the write, when another may have deleted it
         else:
             outcome = "failed" if not reply.sent or 400 <= reply.status < 500 else "unknown"
         if outcome == "ok" and more.get("generation"):

@@ -54,11 +54,10 @@ FAULTS = {
 }
 #: seconds after a fault until latencies are as before: a lease of a process that is gone, and some more
 SETTLE_S = 4.0
-#: searches answered by a cache, connections of caches that were cut, and strong operations, at least;
-#: raise these when the service has them
-LEAST_SERVED = {"l1": 0, "l2": 0}
-LEAST_CUT = 0
-LEAST_STRONG = {"get": 0, "put": 0, "patch": 0}
+#: searches answered by a cache, connections of caches that were cut, and strong operations, at least
+LEAST_SERVED = {"l1": 500, "l2": 500}
+LEAST_CUT = 1
+LEAST_STRONG = {"get": 20, "put": 20, "patch": 20}
 #: share of the requests that may fail without a fault that excuses it
 ERROR_SHARE = 0.001
 #: violations shown when there are too many to read
