@@ -23,7 +23,6 @@ from redismem.codec import (
     asks_for_the_past,
     memory_values,
     search_digest,
-    text_digest,
     unit,
     vector_bytes,
 )
@@ -36,10 +35,11 @@ from redismem.errors import (
     Unavailable,
     WritesRefused,
 )
-from redismem.keys import Owner, embedding_key
+from redismem.keys import Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, fcall
 from redismem.query import filter_query, words_query
+from redismem.queryvectors import QueryVectors
 from redismem.settings import Settings
 from redismem.types import (
     NEVER_CACHED,
@@ -97,6 +97,10 @@ class _Query:
     found: Found | None = None
 
     @property
+    def text(self) -> str:
+        return self.request.text or ""
+
+    @property
     def wants_vector(self) -> bool:
         return self.mode != "keyword" and not self.vector
 
@@ -115,7 +119,7 @@ class Reader:
     ) -> None:
         self._functions = functions
         self._embedder = embedder
-        self._l1 = l1
+        self._vectors = QueryVectors(embedder, l1, ttl_s=settings.embedding_ttl_s)
         self._settings = settings
         self._clock = clock
         self.counts: Counter[str] = Counter()
@@ -161,10 +165,7 @@ class Reader:
                 )
             query.vector = vector_bytes(unit(np.array(request.vector)))
         elif query.mode != "keyword":
-            entry = self._l1.get("embedding", "", str(request.text), time.monotonic())
-            if entry is not None:
-                assert isinstance(entry.value, bytes)
-                query.vector = entry.value
+            query.vector = self._vectors.known(query.text)
 
     async def _look_up(self, owner: Owner, queries: Sequence[_Query]) -> None:
         """Take from Redis what was searched or embedded before, for queries whose text is new here."""
@@ -183,16 +184,14 @@ class Reader:
                     read=True,
                 )
                 if is_search
-                else ("GET", self._embedding_key(query))
+                else self._vectors.look_up(query.text)
                 for query, is_search in asked
             ]
         )
         for (query, is_search), raw in zip(asked, answers, strict=True):
             if not is_search:
-                self.counts["embedding hits" if raw else "embedding misses"] += 1
-                if raw and len(raw) == 2 * self._embedder.dim:
-                    query.vector = raw
-                    self._keep_vector(query)
+                query.vector = self._vectors.taken(query.text, raw)
+                self.counts["embedding hits" if query.vector else "embedding misses"] += 1
             elif raw[0] != b"MISS":
                 self.counts["search hits"] += 1
                 _, generation, total, ttl_ms, *flat = raw
@@ -213,8 +212,7 @@ class Reader:
         budgets = [query.request.max_ms for query in queries if query.request.max_ms]
         try:
             async with asyncio.timeout(min(budgets) / 1000 if budgets else None):
-                texts = [str(query.request.text) for query in queries]
-                rows = await self._embedder.embed(texts, urgent=True)
+                vectors = await self._vectors.made([query.text for query in queries])
         except TimeoutError as exc:
             if any(query.mode == "semantic" for query in queries):
                 raise DeadlineExceeded(
@@ -228,24 +226,9 @@ class Reader:
                 raise
             _fall_back(queries, "the embedder is unavailable: words only")
             return
-        for query, row in zip(queries, rows, strict=True):
-            query.vector, query.is_new = vector_bytes(row), True
+        for query, vector in zip(queries, vectors, strict=True):
+            query.vector, query.is_new = vector, True
             query.embed_ms = _ms(time.perf_counter() - started)
-            self._keep_vector(query)
-
-    def _keep_vector(self, query: _Query) -> None:
-        text = str(query.request.text)
-        self._l1.put(
-            "embedding",
-            text,
-            query.vector,
-            size_bytes=len(query.vector) + len(text),
-            ttl_s=self._settings.embedding_ttl_s,
-            now_s=time.monotonic(),
-        )
-
-    def _embedding_key(self, query: _Query) -> str:
-        return embedding_key(self._embedder.name, text_digest(str(query.request.text)))
 
     async def _search(self, owner: Owner, queries: Sequence[_Query], started: float) -> None:
         if not queries:
@@ -267,9 +250,8 @@ class Reader:
             else command
             for query, args, command in zip(queries, arguments, plain, strict=True)
         ]
-        lifetime_ms = int(self._settings.embedding_ttl_s * 1000)
         vectors = [
-            ("SET", self._embedding_key(query), query.vector, "PX", lifetime_ms)
+            self._vectors.store(query.text, query.vector)
             for query in queries
             if query.is_new and self._settings.l2_searches
         ]

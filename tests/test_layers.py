@@ -30,6 +30,7 @@ RANKS = {
     "vectors": 5,
     "store": 5,
     "touches": 5,
+    "queryvectors": 5,
     "index": 5,
     "backfill": 6,
     "read": 6,
