@@ -14,7 +14,7 @@ may hold a lease has acknowledged: it dropped that from its L1, and voided the t
 A heartbeat names its process in a hash of Redis in the same step in which it is published, for `lease_s` and
 a margin; so a process that is not in the hash when the barrier is published has no lease from before it,
 and one from after it comes behind the barrier on its connection. A process that does not answer (killed,
-stopped, cut off) is waited for until it is gone from the hash. Whatever happens, `lease_s` after the
+stopped, cut off) is waited for until it is gone from the hash. Whatever happens, MAX_LEASE_S after the
 write's reply every lease that may have missed it has run out, so the wait ends there.
 
 The barrier carries the invalidation itself because the order of pushes and messages depends on Redis: it
@@ -44,6 +44,7 @@ from redismem.errors import RedisMemError
 from redismem.keys import COHERENCE_CHANNEL, LEASES, MEMORY_PREFIX, Owner, split_memory_key
 from redismem.l1 import L1, Entry
 from redismem.rules import RULES, Event
+from redismem.settings import MAX_LEASE_S
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class Coherence:
         if self._rounds is None or self._rounds.done():
             self._rounds = self._spawn(self._run_rounds())
         try:
-            async with asyncio.timeout(self._lease_s + _MARGIN_S / 10):
+            async with asyncio.timeout(MAX_LEASE_S + _MARGIN_S / 10):
                 await done
         except TimeoutError:
             self.counts["barrier_timeouts"] += 1
@@ -193,7 +194,7 @@ class Coherence:
                     known = gone.get(tag, [])
                     gone[tag] = None if ids is None or known is None else known + ids
             try:
-                async with asyncio.timeout(self._lease_s + _MARGIN_S):
+                async with asyncio.timeout(MAX_LEASE_S + _MARGIN_S):
                     await self._round(gone)
             except (RedisMemError, TimeoutError) as exc:
                 logger.warning("a barrier waits for leases to run out: %s", exc or "a process is silent")
@@ -259,8 +260,8 @@ class Coherence:
             self._l1.clear()
             for channel in (_INVALIDATE.decode(), COHERENCE_CHANNEL, self._channel(self.id)):
                 await command("SUBSCRIBE", channel)
-        if has_forgotten(facts, self._lease_s):
-            self._certain_from_s = now_s() + self._lease_s
+        if has_forgotten(facts):
+            self._certain_from_s = now_s() + MAX_LEASE_S
         self.is_listening = True
         self.counts["connections"] += 1
         self._beat_now.set()
@@ -342,7 +343,7 @@ class Coherence:
         return task
 
 
-def has_forgotten(info: bytes, lease_s: float) -> bool:
+def has_forgotten(info: bytes) -> bool:
     """Return whether Redis started too lately, and without a log, to know the leases that still run."""
     facts = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
-    return facts[b"aof_enabled"] == b"0" and int(facts[b"uptime_in_seconds"]) <= lease_s + 1
+    return facts[b"aof_enabled"] == b"0" and int(facts[b"uptime_in_seconds"]) <= MAX_LEASE_S + 1

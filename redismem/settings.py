@@ -12,6 +12,9 @@ from redismem.errors import Misconfigured
 
 EmbedderName = Literal["minilm", "sentence-transformers", "openai", "deterministic"]
 
+#: the longest lease of any process of a fleet: what a strong write waits when one of them is silent
+MAX_LEASE_S = 2.0
+
 _PREFIX = "REDISMEM_"
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
@@ -80,8 +83,7 @@ class Settings:
     #: hot memories kept a user, and seconds since their last access until they are cold
     hot_capacity: int = 1000
     hot_ttl_s: float = 1800.0
-    #: seconds L1 may answer on one proof that it missed no invalidation; the longest a strong write waits for
-    #: a process that was killed
+    #: seconds L1 may answer on one proof that it missed no invalidation; at most what others wait for
     lease_s: float = 2.0
     #: answer from L1, within the TTLs above and marked as stale, while Redis is away; a delete that other
     #: processes acknowledged meanwhile is then not seen
@@ -149,7 +151,7 @@ _RANGES = (
     ("embedding_ttl_s", 0.1, 86_400),
     ("hot_capacity", 1, 10_000),
     ("hot_ttl_s", 1, 30 * 86_400),
-    ("lease_s", 0.2, 10),
+    ("lease_s", 0.2, MAX_LEASE_S),
     ("max_body_bytes", 1024, 1024**3),
     ("log_length", 1, 10_000_000),
 )
