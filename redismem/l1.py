@@ -2,9 +2,10 @@
 
 Pure: time comes in as monotonic seconds, and nothing waits. An owner is a hash tag; embeddings have "".
 
-Coherence. A reader opens a ticket before it asks Redis and fills with it afterwards. An invalidation voids
-the open tickets of its owner whether or not it finds anything, so an answer that Redis gave before the change
-is never stored after it. A closed ticket is void too: nothing watches over it any more.
+Coherence. A reader opens a ticket before it asks Redis and fills with it afterwards. Open tickets note what is
+invalidated of their owner meanwhile, whether or not anything was found, so an answer that Redis gave before a
+change and that holds what changed is never stored after it. A closed ticket fills nothing: nothing watches over
+it any more.
 
 Eviction (spec 1.2): expired entries first, exactly, by a heap; then the lowest count / max(1, seconds since
 the last access). As in Redis (evict.c) a few random entries are ranked at each eviction together with a pool
@@ -93,10 +94,19 @@ class _Place:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """The right to fill entries of one owner, until an invalidation or `close`."""
+    """The right to fill entries of one owner with what was not invalidated meanwhile, until `close`.
+
+    `void` once anything of the owner was invalidated: an answer on its way may be older than that.
+    """
 
     owner: str
     void: bool = False
+    #: ids invalidated since it was opened; None: all
+    gone: set[str] | None = field(default_factory=set)
+
+    def allows(self, ids: tuple[str, ...]) -> bool:
+        """Return whether an answer with these memories may be stored."""
+        return not self.void or (self.gone is not None and self.gone.isdisjoint(ids))
 
 
 @dataclass(slots=True, eq=False)
@@ -184,8 +194,8 @@ class L1:
         return ticket
 
     def close(self, ticket: Ticket) -> None:
-        """Forget a ticket; it is void from now on. Closing twice is allowed."""
-        ticket.void = True
+        """Forget a ticket; it fills nothing from now on. Closing twice is allowed."""
+        ticket.void, ticket.gone = True, None
         tickets = self._tickets.get(ticket.owner)
         if tickets is not None:
             tickets.discard(ticket)
@@ -215,15 +225,17 @@ class L1:
             origin: what would compute the value again.
 
         Returns:
-            False if the ticket is void, the entry alone exceeds a bound, or a newer generation is held.
+            False if one of its memories was invalidated since the ticket was opened, the entry alone
+            exceeds a bound, or a newer generation is held.
         """
-        if ticket.void:
+        ids = tuple(ids)
+        if not ticket.allows((*ids, str(key)) if kind == "memory" else ids):
             self._shelves[kind].refused += 1
             return False
         expires_s = now_s + ttl_s
         return self._store(
             Entry(
-                kind, ticket.owner, key, value, tuple(ids), generation, now_s, expires_s, size_bytes, origin
+                kind, ticket.owner, key, value, ids, generation, now_s, expires_s, size_bytes, origin
             )
         )
 
@@ -234,8 +246,12 @@ class L1:
         return self._store(Entry(kind, "", key, value, (), 0, now_s, now_s + ttl_s, size_bytes, None))
 
     def invalidate(self, owner: str, ids: Iterable[str]) -> list[Entry]:
-        """Drop and return the owner's entries that hold one of these memories; void the owner's tickets."""
-        self._void(owner)
+        """Drop and return the owner's entries that hold one of these memories; note it on open tickets."""
+        ids = tuple(ids)
+        for ticket in self._tickets.get(owner, ()):
+            ticket.void = True
+            if ticket.gone is not None:
+                ticket.gone.update(ids)
         return self._invalidated(self.holding(owner, ids))
 
     def holding(self, owner: str, ids: Iterable[str]) -> list[Entry]:
@@ -404,4 +420,4 @@ class L1:
 
     def _void(self, owner: str) -> None:
         for ticket in self._tickets.pop(owner, ()):
-            ticket.void = True
+            ticket.void, ticket.gone = True, None

@@ -1,7 +1,7 @@
 """The read path: L1 of this process, then Redis; as encoded JSON, ready to send.
 
 L1 answers while the lease of `Coherence` holds. What it does not have is computed once for all who
-ask at the same time, and kept only if nothing of the owner changed meanwhile (a ticket of `L1`). A read never
+ask at the same time, and kept only if none of its memories changed meanwhile (a ticket of `L1`). A read never
 joins a computation that a change has overtaken: it could be older than a delete that was acknowledged
 before the read began.
 """

@@ -52,6 +52,8 @@ class L1Machine(RuleBasedStateMachine):
         self.cache = L1(max_entries=self.max_entries, max_bytes=self.max_bytes, seed=seed)
         self.model: dict[Name, Known] = {}
         self.open_tickets: dict[Ticket, str] = {}
+        #: ids invalidated since a ticket was opened
+        self.gone: dict[Ticket, set[str]] = {}
         self.now_s = 100.0
         self.values = 0
         self.counts = dict.fromkeys(
@@ -181,8 +183,9 @@ class L1Machine(RuleBasedStateMachine):
             ttl_s=ttl_s,
             now_s=self.now_s,
         )
-        if ticket not in self.open_tickets:
-            assert not stored, "a void ticket filled"
+        held = {*ids, key} if kind == "memory" else set(ids)
+        if ticket not in self.open_tickets or held & self.gone.get(ticket, set()):
+            assert not stored, "an answer of before an invalidation was stored"
             self.counts["refused"] += 1
             return
         indexed = [i for i in ids if kind != "memory" or i != key]
@@ -228,7 +231,10 @@ class L1Machine(RuleBasedStateMachine):
             )
         )
         self.dropped(entries, gone)
-        self.void({owner})
+        for ticket, of in self.open_tickets.items():
+            if of == owner:
+                assert ticket.void
+                self.gone.setdefault(ticket, set()).update(ids)
 
     @rule(owner=owners)
     def invalidate_owner(self, owner: str) -> None:
@@ -302,7 +308,7 @@ class L1Machine(RuleBasedStateMachine):
         kept = {ticket for tickets in self.cache._tickets.values() for ticket in tickets}
         assert kept == set(self.open_tickets)
         assert all(self.cache._tickets.values())
-        assert not any(ticket.void for ticket in kept)
+        assert all(ticket.gone == self.gone.get(ticket, set()) for ticket in kept)
 
 
 TestL1 = L1Machine.TestCase

@@ -102,15 +102,29 @@ def test_peeking_ignores_the_generation_but_not_the_ttl_and_counts_nothing() -> 
     assert (counted["hits"], counted["misses"], counted["expirations"]) == (0, 0, 0)
 
 
-def test_a_fill_whose_ticket_was_voided_is_refused() -> None:
+def test_an_answer_that_holds_what_was_invalidated_meanwhile_is_refused() -> None:
     cache = roomy()
     ticket, other = cache.open("u"), cache.open("v")
-    assert cache.invalidate("u", ["unknown"]) == []
+    assert cache.invalidate("u", ["a"]) == []
     assert ticket.void
-    assert not cache.fill(ticket, "search", "q", b"", size_bytes=0, ttl_s=60.0, now_s=0.0)
-    assert cache.fill(other, "search", "q", b"", size_bytes=0, ttl_s=60.0, now_s=0.0)
+    assert not cache.fill(ticket, "search", "q", b"", size_bytes=0, ids=("b", "a"), ttl_s=60.0, now_s=0.0)
+    assert not cache.fill(ticket, "memory", "a", b"", size_bytes=0, ttl_s=60.0, now_s=0.0)
+    assert cache.fill(ticket, "search", "r", b"", size_bytes=0, ids=("b",), ttl_s=60.0, now_s=0.0)
+    assert cache.fill(other, "search", "q", b"", size_bytes=0, ids=("a",), ttl_s=60.0, now_s=0.0)
     assert cache.get("search", "u", "q", 0.0) is None
     assert cache.stats()["search"]["refused"] == 1
+    assert cache.stats()["memory"]["refused"] == 1
+
+
+@pytest.mark.parametrize("everything", ["owner", "clear"])
+def test_no_answer_outlives_the_invalidation_of_everything(everything: str) -> None:
+    cache = roomy()
+    ticket = cache.open("u")
+    if everything == "owner":
+        cache.invalidate_owner("u")
+    else:
+        cache.clear()
+    assert not cache.fill(ticket, "search", "q", b"", size_bytes=0, ttl_s=60.0, now_s=0.0)
 
 
 def test_a_ticket_opened_after_the_invalidation_fills() -> None:
