@@ -2,10 +2,10 @@
 
 Pure: time comes in as monotonic seconds, and nothing waits. An owner is a hash tag; embeddings have "".
 
-Coherence. A reader opens a ticket before it asks Redis and fills with it afterwards. Open tickets note what is
-invalidated of their owner meanwhile, whether or not anything was found, so an answer that Redis gave before a
-change and that holds what changed is never stored after it. A closed ticket fills nothing: nothing watches over
-it any more.
+Coherence. A reader opens a ticket before it asks Redis and fills with it afterwards. Open tickets note what
+is invalidated of their owner meanwhile, whether or not anything was found, so an answer that Redis gave
+before a change and that holds what changed is never stored after it. A closed ticket fills nothing: nothing
+watches over it any more.
 
 Eviction (spec 1.2): expired entries first, exactly, by a heap; then the lowest count / max(1, seconds since
 the last access). As in Redis (evict.c) a few random entries are ranked at each eviction together with a pool
