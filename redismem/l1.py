@@ -234,9 +234,7 @@ class L1:
             return False
         expires_s = now_s + ttl_s
         return self._store(
-            Entry(
-                kind, ticket.owner, key, value, ids, generation, now_s, expires_s, size_bytes, origin
-            )
+            Entry(kind, ticket.owner, key, value, ids, generation, now_s, expires_s, size_bytes, origin)
         )
 
     def put(

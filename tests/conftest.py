@@ -16,7 +16,7 @@ import pytest
 from redismem.client import Client
 from redismem.embedded import EmbeddedRedis
 from redismem.http.app import create_app
-from redismem.keys import Owner
+from redismem.keys import LEASES, Owner
 from redismem.service import Service, assembled, open_service
 from redismem.settings import Settings
 
@@ -108,6 +108,11 @@ async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=create_app(service), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+
+
+async def lasting_keys(client: Client) -> list[bytes]:
+    """Return every key but the one of the running processes, which is there or not by the beat."""
+    return [key for key in await client.execute("KEYS", "*") if key != LEASES.encode()]
 
 
 async def audit(client: Client) -> None:

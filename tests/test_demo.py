@@ -22,6 +22,7 @@ from redis.exceptions import RedisError
 
 from redismem.service import Service
 from redismem.types import MemoryInput
+from tests.conftest import lasting_keys
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -210,10 +211,10 @@ def test_a_service_that_cannot_start_is_two_lines(demo: Start) -> None:
 async def test_an_existing_redis_is_left_as_it_was(demo: Start, service: Service, redis_url: str) -> None:
     namesake = service.owner("demo")
     await service.writer.put(namesake, [MemoryInput(text="mine", id="mine")])
-    before = set(await service.client.execute("KEYS", "*"))
+    before = set(await lasting_keys(service.client))
     out, _ = finished(demo(REDISMEM_REDIS_URL=redis_url))
     assert "none came back" in out
-    left = set(await service.client.execute("KEYS", "*"))
+    left = await lasting_keys(service.client)
     # vectors of queries belong to nobody and expire
     assert {key for key in left if not key.startswith(b"redismem:embed:")} == before
     assert (await service.browser.get(namesake, "mine")).text == "mine"

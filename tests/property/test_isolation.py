@@ -25,6 +25,7 @@ from redismem.types import (
     TagMatch,
     checked_name,
 )
+from tests.conftest import lasting_keys
 
 MODES: tuple[SearchMode, ...] = get_args(SearchMode)
 
@@ -144,7 +145,7 @@ async def test_nobody_sees_another_owners_memory(
             assert len((await service.browser.history(owner, memory_id)).events) == 1
     finally:
         await asyncio.gather(*(service.writer.forget(owner) for owner in owners))
-    left = await service.client.execute("KEYS", "*")
+    left = await lasting_keys(service.client)
     assert [key for key in left if key != b"redismem:store"] == []
 
 
@@ -162,7 +163,7 @@ async def test_what_a_user_without_memories_asks_leaves_nothing(service: Service
     for mode in MODES:
         assert (await service.search(owner, SearchRequest(text="a", search_mode=mode))).total == 0
     assert (await service.tiers.page(owner, Filters(), 10, None)).total == 0
-    assert await service.client.execute("KEYS", "*") == [b"redismem:store"]
+    assert await lasting_keys(service.client) == [b"redismem:store"]
     assert await service.client.execute("FT._LIST") == []
 
 

@@ -16,6 +16,7 @@ from redismem.codec import vector_bytes
 from redismem.keys import Owner
 from redismem.service import Service
 from redismem.vectors import Turn, turn_vectors
+from tests.conftest import lasting_keys
 
 Until = Callable[[str, Callable[[], Awaitable[object]]], Awaitable[None]]
 Dump = Callable[[], Awaitable[dict[str, list[Any]]]]
@@ -50,7 +51,7 @@ def dump(service: Service) -> Dump:
 
     async def read() -> dict[str, list[Any]]:
         client, found = service.client, {}
-        for key in await client.execute("KEYS", "*"):
+        for key in await lasting_keys(client):
             kind = await client.execute("TYPE", key)
             command, *rest = READ[kind]
             value = await client.execute(command, key, *rest)

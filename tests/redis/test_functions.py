@@ -19,6 +19,7 @@ from redismem.query import index_schema
 from redismem.service import Service
 from redismem.types import CorrectionRequest, Filters, MemoryInput, MemoryPatch, SearchRequest
 from redismem.write import record_arguments
+from tests.conftest import lasting_keys
 
 RETURNS = "redis.register_function('rm_test_v1', function() return {} end)"
 
@@ -149,12 +150,12 @@ async def test_too_few_keys_or_arguments_are_misuse(service: Service, calls: lis
 
 
 async def saved(service: Service) -> dict[bytes, bytes]:
-    keys = await service.client.execute("KEYS", "*")
+    keys = await lasting_keys(service.client)
     return dict(zip(keys, await service.client.pipeline([("DUMP", key) for key in keys]), strict=True))
 
 
 async def restored(service: Service, copy: dict[bytes, bytes]) -> None:
-    keys = await service.client.execute("KEYS", "*")
+    keys = await lasting_keys(service.client)
     await service.client.pipeline([("DEL", key) for key in keys if key not in copy] or [("PING",)])
     await service.client.pipeline([("RESTORE", key, 0, raw, "REPLACE") for key, raw in copy.items()])
 

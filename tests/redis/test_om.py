@@ -20,6 +20,7 @@ from redismem.om import memory_model
 from redismem.reembed import Reembedder
 from redismem.service import Service
 from redismem.types import CorrectionRequest, Filters, Memory, MemoryInput, MemoryPatch, SearchRequest
+from tests.conftest import lasting_keys
 
 #: values a TAG field could mix up
 ODD = [*"a|b a b A 50%7C a%7Cb x,y {} tab-le/.*?`~ @f:{*} * שלום".split(), 'it\'s \\ "q"', "🦓 ünï"]
@@ -68,7 +69,7 @@ async def fields_of(service: Service, owner: Owner, memory_id: str) -> dict[byte
 
 
 async def keys_of(service: Service) -> set[bytes]:
-    return set(await service.client.execute("KEYS", "*"))
+    return set(await lasting_keys(service.client))
 
 
 def shared(memory: Any) -> dict[str, object]:
