@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
-import secrets
 import signal
 import threading
 from collections.abc import AsyncIterator
@@ -23,11 +21,9 @@ from redismem.http.docs import docs_page
 from redismem.http.hot import HotPath
 from redismem.http.openapi import openapi_document
 from redismem.http.table import OPERATIONS, guarded
-from redismem.http.wire import error_response, is_request_id, json_response
+from redismem.http.wire import error_response, failure_response, json_response, request_id_of
 from redismem.service import Service, open_service
 from redismem.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 class RawPath:
@@ -52,8 +48,7 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = given.decode() if is_request_id(given) else secrets.token_hex(8)
+        request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def tagged(message: Message) -> None:
@@ -64,11 +59,8 @@ class RequestId:
         await self._app(scope, receive, tagged)
 
 
-async def _own_error(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, RedisMemError)
-    if exc.status >= 500:
-        logger.warning("%s %s: %s", request.method, exc.code, exc.message)
-    return error_response(exc, request.state.request_id)
+async def _failure(request: Request, exc: Exception) -> Response:
+    return failure_response(exc, request.method, request.state.request_id)
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:
@@ -83,12 +75,6 @@ async def _http_error(request: Request, exc: Exception) -> Response:
         routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
         response.headers["Allow"] = ", ".join(sorted({name for route in routes for name in route.methods}))
     return response
-
-
-async def _defect(request: Request, exc: Exception) -> Response:
-    logger.error("%s failed", request.method, exc_info=exc)
-    error = RedisMemError("an internal error; the service's log has it under this request_id")
-    return error_response(error, request.state.request_id)
 
 
 def create_app(service: Service | None = None, settings: Settings | None = None) -> ASGIApp:
@@ -122,7 +108,7 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={RedisMemError: _own_error, HTTPException: _http_error, Exception: _defect},
+        exception_handlers={RedisMemError: _failure, HTTPException: _http_error, Exception: _failure},
     )
     app.router.redirect_slashes = False
     if service is not None:

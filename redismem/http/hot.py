@@ -1,12 +1,11 @@
-"""Answers from L1 before the framework is entered: routing, a Request and a Response cost more than the hit.
+"""Answers searches, and reads of memories that L1 has, before the framework is entered.
 
-Whatever is not plainly a search or a read of a memory that L1 can answer goes on to the application as it
-came; all checks and all errors are there.
+Routing, a Request and a Response cost more than a hit. Whatever is not plainly one of these goes on to the
+application as it came, which checks it and tells what is wrong.
 """
 
 from __future__ import annotations
 
-import secrets
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -14,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redismem.errors import RedisMemError
-from redismem.http.wire import GENERATION_HEADER, is_request_id
+from redismem.http.wire import GENERATION_HEADER, STALE_HEADER, failure_response, request_id_of
 from redismem.keys import Owner
 from redismem.service import Service
 from redismem.tiers import Answer
@@ -26,6 +25,7 @@ _MEMORIES = b"/memories/"
 
 _GENERATION = GENERATION_HEADER.lower().encode()
 _JSON = (b"content-type", b"application/json")
+_STALE = (STALE_HEADER[0].encode(), STALE_HEADER[1].encode())
 
 #: owners by their path segment; forgotten together when there are more
 _MAX_OWNERS = 10_000
@@ -62,17 +62,26 @@ class HotPath:
         ):
             return receive
         first = await receive()
-        if first["type"] != "http.request" or first.get("more_body"):
+        body = first.get("body", b"")
+        too_long = len(body) > self._service().settings.max_body_bytes
+        if first["type"] != "http.request" or first.get("more_body") or too_long:
             return _replayed(first, receive)
         try:
-            request = _decoder.decode(first.get("body", b""))
-            answer = self._service().tiers.known_search(self._owner(user), request)
+            request, owner = _decoder.decode(body), self._owner(user)
         except (ValueError, RecursionError, RedisMemError):
-            return _replayed(first, receive)  # the application will tell what is wrong
-        if answer is None:
-            scope["l1_missed"] = True
             return _replayed(first, receive)
-        await _send(answer, scope, send)
+        tiers = self._service().tiers
+        request_id = request_id_of(scope["headers"])
+        try:
+            answer = tiers.known_search(owner, request)
+            if answer is None:
+                answer = await tiers.search(owner, request, missed=True)
+        except Exception as exc:  # noqa: BLE001  # nothing catches it further up
+            response = failure_response(exc, "POST", request_id)
+            response.headers["x-request-id"] = request_id
+            await response(scope, receive, send)
+        else:
+            await _send(answer, request_id, send)
         return _answered
 
     async def _memory(self, user: bytes, memory: bytes, scope: Scope, send: Send) -> bool:
@@ -84,7 +93,8 @@ class HotPath:
         if answer is None:
             scope["l1_missed"] = True
             return False
-        await _send(answer, scope, send, (b"etag", b'"%d"' % answer.generation))
+        etag = b"etag", b'"%d"' % answer.generation
+        await _send(answer, request_id_of(scope["headers"]), send, etag)
         return True
 
     def _service(self) -> Service:
@@ -117,9 +127,9 @@ def _replayed(first: Message, receive: Receive) -> Receive:
     return replay
 
 
-async def _send(answer: Answer, scope: Scope, send: Send, *more: tuple[bytes, bytes]) -> None:
-    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    request_id = given if is_request_id(given) else secrets.token_hex(8).encode()
+async def _send(answer: Answer, request_id: str, send: Send, *more: tuple[bytes, bytes]) -> None:
+    if answer.stale:
+        more = (*more, _STALE)
     await send(
         {
             "type": "http.response.start",
@@ -129,7 +139,7 @@ async def _send(answer: Answer, scope: Scope, send: Send, *more: tuple[bytes, by
                 (b"content-length", b"%d" % len(answer.body)),
                 (_GENERATION, b"%d" % answer.generation),
                 *more,
-                (b"x-request-id", request_id),
+                (b"x-request-id", request_id.encode()),
             ],
         }
     )

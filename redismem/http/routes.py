@@ -95,11 +95,6 @@ def _memory_id(request: Request) -> str:
         raise InvalidInput(str(exc), field="id") from exc
 
 
-def _missed(request: Request) -> bool:
-    """Return whether L1 was asked before the request came here."""
-    return "l1_missed" in request.scope
-
-
 async def _body(request: Request, kind: type[Any]) -> Any:
     return decoded(await read_body(request, _service(request).settings.max_body_bytes), kind)
 
@@ -206,7 +201,7 @@ async def get_memory(request: Request) -> Response:
     """Read one memory."""
     wanted = converted(dict(request.query_params), _ReadQuery)
     least = min_generation(wanted.consistency, wanted.min_version)
-    memory_id, missed = _memory_id(request), _missed(request)
+    memory_id, missed = _memory_id(request), "l1_missed" in request.scope
     answer = await _service(request).tiers.memory(_owner(request), memory_id, least, missed=missed)
     return _with_etag(answer)
 
@@ -253,8 +248,7 @@ async def search(request: Request) -> Response:
     """Find the best memories."""
     owner = _owner(request)
     body = await _body(request, SearchRequest)
-    answer = await _service(request).tiers.search(owner, body, missed=_missed(request))
-    return answer_response(answer)
+    return answer_response(await _service(request).tiers.search(owner, body))
 
 
 async def search_batch(request: Request) -> Response:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -13,6 +15,8 @@ from starlette.responses import Response
 
 from redismem.errors import InvalidInput, MalformedBody, PayloadTooLarge, RedisMemError, Unavailable
 from redismem.tiers import Answer
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -26,6 +30,8 @@ _encoder = msgspec.json.Encoder()
 
 #: header of replies that show or make a state of an owner: the generation to hand back as `min_version`
 GENERATION_HEADER = "Redismem-Generation"
+
+STALE_HEADER = ("warning", '110 - "Response is Stale"')
 
 
 def json_response(
@@ -41,13 +47,24 @@ def answer_response(answer: Answer, headers: dict[str, str] | None = None) -> Re
     """Return a reply that is JSON already."""
     headers = {**(headers or {}), GENERATION_HEADER: str(answer.generation)}
     if answer.stale:
-        headers["Warning"] = '110 - "Response is Stale"'
+        headers[STALE_HEADER[0]] = STALE_HEADER[1]
     return Response(answer.body, 200, headers, "application/json")
 
 
-def is_request_id(given: bytes) -> bool:
-    """Return whether a caller's X-Request-ID is fit to be logged and sent back."""
-    return _REQUEST_ID.fullmatch(given) is not None
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the caller's X-Request-ID if it is fit to be logged and sent back, else a new one."""
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def failure_response(exc: Exception, method: str, request_id: str) -> Response:
+    """Log what went wrong on our side, and return it as `error_response` does."""
+    if not isinstance(exc, RedisMemError):
+        logger.error("%s failed", method, exc_info=exc)
+        exc = RedisMemError("an internal error; the service's log has it under this request_id")
+    elif exc.status >= 500:
+        logger.warning("%s %s: %s", method, exc.code, exc.message)
+    return error_response(exc, request_id)
 
 
 def error_response(error: RedisMemError, request_id: str) -> Response:

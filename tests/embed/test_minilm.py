@@ -34,16 +34,18 @@ class Gate:
         self.slices: list[list[str]] = []
         self.arrived = threading.Semaphore(0)
         self._go = threading.Semaphore(0)
-        self._vectors: Callable[[list[str]], Vectors] = embedder._vectors
+        self._vectors: Callable[[object, list[str]], Vectors] = embedder._vectors
+        self.sessions: list[object] = []
         embedder._vectors = self._held  # type: ignore[method-assign]
 
-    def _held(self, texts: list[str]) -> Vectors:
+    def _held(self, session: object, texts: list[str]) -> Vectors:
         self.slices.append(texts)
+        self.sessions.append(session)
         self.arrived.release()
         assert self._go.acquire(timeout=30), "the test forgot to open the gate"
         if "boom" in texts:
             raise RuntimeError("broken model")
-        return self._vectors(texts)
+        return self._vectors(session, texts)
 
     async def wait_for_slice(self) -> None:
         assert await asyncio.to_thread(self.arrived.acquire, timeout=30), "no slice was taken"
@@ -109,10 +111,11 @@ async def test_text_after_256_tokens_does_not_count(embedder: MiniLMEmbedder) ->
 async def test_a_vector_does_not_depend_on_its_neighbours(embedder: MiniLMEmbedder) -> None:
     rng = np.random.default_rng(7)
     texts = [" ".join(rng.choice(WORDS, n)) for n in [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233]]
-    alone = np.vstack([embedder._vectors([text]) for text in texts])
+    session = embedder._wide
+    alone = np.vstack([embedder._vectors(session, [text]) for text in texts])
     for trial in range(2):
         order = rng.permutation(len(texts))
-        together = embedder._vectors([texts[i] for i in order])
+        together = embedder._vectors(session, [texts[i] for i in order])
         assert np.abs(together - alone[order]).max() < 1e-6, trial
     assert (alone @ alone.T)[~np.eye(len(texts), dtype=bool)].max() < 0.9999  # the texts do differ
 
@@ -227,9 +230,56 @@ async def test_close_finishes_what_was_accepted_and_refuses_the_rest(
     gate.open()
     assert (await bulk).shape == (40, 384)
     await closing
-    assert not embedder._thread.is_alive()
+    assert not any(worker.is_alive() for worker in embedder._workers)
     with pytest.raises(EmbedderUnavailable, match="closed"):
         await embedder.embed(["late"])
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[tuple[MiniLMEmbedder, Gate]]:
+    """An embedder with two workers, and its gate."""
+    opened = MiniLMEmbedder(threads=2)
+    held = Gate(opened)
+    yield opened, held
+    held.open()
+    await opened.close()
+
+
+async def test_a_lone_query_runs_wide_and_queries_side_by_side_run_narrow(
+    pair: tuple[MiniLMEmbedder, Gate],
+) -> None:
+    embedder, gate = pair
+    first = await queued(embedder, (["lone"], True))
+    await gate.wait_for_slice()
+    rest = await queued(embedder, (["beside it"], True))
+    await gate.wait_for_slice()
+    assert gate.sessions == [embedder._wide, embedder._narrow]
+    gate.open()
+    await asyncio.gather(*first, *rest)
+
+
+async def test_waiting_texts_are_shared_by_the_workers(pair: tuple[MiniLMEmbedder, Gate]) -> None:
+    embedder, gate = pair
+    texts = [f"text {number}" for number in range(6)]
+    (task,) = await queued(embedder, (texts, True))
+    for _ in range(2):
+        await gate.wait_for_slice()
+    assert sorted(map(len, gate.slices)) == [3, 3]
+    assert set(gate.sessions) == {embedder._narrow}
+    gate.open()
+    rows = await task
+    assert np.allclose(rows, embedder._vectors(embedder._wide, texts), atol=1e-6)
+
+
+async def test_bulk_leaves_a_worker_to_queries(pair: tuple[MiniLMEmbedder, Gate]) -> None:
+    embedder, gate = pair
+    bulk = await queued(embedder, (["bulk"] * 40, False))
+    await gate.wait_for_slice()
+    query = await queued(embedder, (["query"], True))
+    await gate.wait_for_slice()
+    assert gate.slices[1] == ["query"]
+    gate.open()
+    await asyncio.gather(*bulk, *query)
 
 
 async def test_settings_open_it_by_default() -> None:
