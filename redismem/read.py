@@ -2,8 +2,9 @@
 
 A search whose vector is known (or that needs none) is one Function call, which answers from the cached
 searches or from the index and fills the cache. A text that is new here is first looked up in Redis, in one
-round trip for both: has this search been made, has this text been embedded? How a search ranks is told in
-lua/read.lua and in the README's ranking section.
+round trip for both: has this search been made, has this text been embedded? That goes on as long as it pays,
+where processes share the work. How a search ranks is told in lua/read.lua and in the README's ranking
+section.
 """
 
 from __future__ import annotations
@@ -70,6 +71,15 @@ OTHER_SPEAKER = 0.5
 DEFAULT_TIMEOUT_MS = 500
 
 
+#: share of look-ups that must find something to be worth it: one costs a thirtieth of an embedding
+WORTHWHILE = 0.03
+
+#: how far one look-up moves the estimate of that share; after 110 in vain they end
+_LEARNING = 1 / 32
+
+#: one search in so many is looked up all the same
+_SAMPLE = 32
+
 _FIELDS = " ".join(READ_FIELDS)
 
 
@@ -123,6 +133,9 @@ class Reader:
         self._settings = settings
         self._clock = clock
         self.counts: Counter[str] = Counter()
+        #: estimated share of look-ups that find something
+        self._luck = 1.0
+        self._unlooked = 0
 
     async def search_each(self, owner: Owner, requests: Sequence[SearchRequest]) -> list[Found]:
         """Return what was found for each request.
@@ -173,7 +186,7 @@ class Reader:
         for query in queries:
             if query.wants_vector and self._settings.l2_searches:
                 asked += [(query, True), (query, False)] if self._may_be_cached(query) else [(query, False)]
-        if not asked:
+        if not asked or not self._is_worthwhile():
             return
         answers = await self._functions.send(
             [
@@ -196,6 +209,17 @@ class Reader:
                 self.counts["search hits"] += 1
                 _, generation, total, ttl_ms, *flat = raw
                 query.found = self._found(query, generation, total, b"l2", ttl_ms, flat)
+        for query in {id(query): query for query, _ in asked}.values():
+            self._learn(found=bool(query.found or query.vector))
+
+    def _is_worthwhile(self) -> bool:
+        if self._luck >= WORTHWHILE:
+            return True
+        self._unlooked = (self._unlooked + 1) % _SAMPLE
+        return self._unlooked == 0
+
+    def _learn(self, *, found: bool) -> None:
+        self._luck += _LEARNING * (found - self._luck)
 
     def _may_be_cached(self, query: _Query) -> bool:
         return (
@@ -264,6 +288,8 @@ class Reader:
         for query, raw, command in zip(queries, replies, keeping, strict=False):
             query.found = self._read(query, raw, kept=command[0] == "FCALL")
             reply = query.found.reply
+            if reply.served_by == "l2" and query.is_new:
+                self._learn(found=True)  # it was embedded in vain
             if not reply.partial and reply.served_by == "l3" and took_ms >= query.timeout_ms:
                 reply.partial, reply.reason = True, "the time budget ended during the search"
                 query.found.ttl_s = 0

@@ -107,6 +107,23 @@ async def test_a_known_vector_is_not_made_again(
     assert (reply["served_by"], reply["timing"]["embed"], len(sent)) == ("l3", 0, 1)
 
 
+async def test_looking_up_ends_where_it_finds_nothing_and_begins_again_where_it_would(
+    stored: Service, cold: Service, owner: Owner, round_trips: Counter
+) -> None:
+    async def trips(text: str) -> int:
+        with round_trips() as sent:
+            await cold.tiers.search(owner, SearchRequest(text=text))
+        return sent.count("pipeline")  # heartbeats are single commands
+
+    assert await trips("new 0") == 2
+    for number in range(1, 130):
+        await trips(f"new {number}")
+    assert sum([await trips(f"more {number}") for number in range(64)]) == 64 + 2  # two samples
+    await stored.tiers.search(owner, TEA)
+    await cold.tiers.search(owner, TEA)
+    assert await trips("again") == 2
+
+
 async def test_what_needs_no_vector_takes_one_round_trip(
     stored: Service, owner: Owner, round_trips: Counter
 ) -> None:
