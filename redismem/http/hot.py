@@ -46,17 +46,18 @@ class HotPath:
             path: bytes = scope.get("raw_path") or b""
             method = scope["method"]
             if method == "POST" and path.endswith(_SEARCH) and path.startswith(_USERS):
-                receive = await self._search(path[len(_USERS) : -len(_SEARCH)], scope, receive, send)
+                unread = await self._search(path[len(_USERS) : -len(_SEARCH)], scope, receive, send)
+                if unread is None:
+                    return
+                receive = unread
             elif method == "GET" and path.startswith(_USERS):
                 user, found, memory = path[len(_USERS) :].partition(_MEMORIES)
                 if found and b"/" not in memory and await self._memory(user, memory, scope, send):
                     return
-            if receive is _answered:
-                return
         await self._inner(scope, receive, send)
 
-    async def _search(self, user: bytes, scope: Scope, receive: Receive, send: Send) -> Receive:
-        """Answer, or return where the application can read the body that was taken here."""
+    async def _search(self, user: bytes, scope: Scope, receive: Receive, send: Send) -> Receive | None:
+        """Answer and return None, or return where the application can read the body from its start."""
         if not any(
             name == b"content-type" and value == b"application/json" for name, value in scope["headers"]
         ):
@@ -82,7 +83,7 @@ class HotPath:
             await response(scope, receive, send)
         else:
             await _send(answer, request_id, send)
-        return _answered
+        return None
 
     async def _memory(self, user: bytes, memory: bytes, scope: Scope, send: Send) -> bool:
         try:
@@ -111,10 +112,6 @@ class HotPath:
                 self._owners.clear()
             self._owners[segment] = owner
         return owner
-
-
-async def _answered() -> Message:
-    raise AssertionError("the request was answered")
 
 
 def _replayed(first: Message, receive: Receive) -> Receive:
