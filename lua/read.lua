@@ -13,8 +13,8 @@
 --   rm_search_v1     alias meta turns searches | the 21 of rm_search_ro, digest ttl_ms capacity min_generation
 --                    -> NOINDEX | OK generation total note l2 or l3, ttl_ms, then the hits as above; l2: a
 --                    cached search of at least that generation; l3: made now and, with a ttl_ms above 0,
---                    kept. Neither looked up nor kept: explain. Not kept: note EMBEDDER, capacity 0, no
---                    index, half of timeout_ms used. A cache that cannot be written is no failure
+--                    kept. Neither looked up nor kept: explain. Not kept: no hits, note EMBEDDER,
+--                    capacity 0, half of timeout_ms used. A cache that cannot be written is no failure
 --   rm_recall_ro_v1  searches | prefix digest min_generation fields (parted by blanks)
 --                    -> MISS | OK generation total ttl_ms, then the hits as above, parts nil: a cached search
 --                    of at least that generation, with its memories as they are now; none may be gone
@@ -332,7 +332,8 @@ local function search_or_recall(keys, args)
   -- RediSearch ends a query that runs out of time early, and does not say so. Here only the clock of CPU time
   -- goes on (TIME stands still in a Function), hence half the budget.
   complete = complete and (os.clock() - started_s) * 2000 < (tonumber(args[11]) or 0)
-  local value = complete and not explain and capacity > 0 and found[4] == '' and packed(found)
+  -- nothing found costs little to find again, and what is written next must not stay hidden behind it
+  local value = complete and not explain and capacity > 0 and found[4] == '' and #found > 4 and packed(found)
   local kept = value and keep(searches, digest, value, ttl_ms, capacity)
   local reply = { 'OK', found[2], found[3], found[4], 'l3', kept and ttl_ms or 0 }
   for i = 5, #found do reply[i + 2] = found[i] end

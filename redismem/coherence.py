@@ -234,9 +234,14 @@ class Coherence:
                     await self._subscribe(connection)
                     pause_s = _RECONNECT_S[0]
                     while True:
-                        self._handle(await connection.read_response())
+                        # own heartbeats come several times a lease: silence means that nothing comes through
+                        async with asyncio.timeout(2 * self._lease_s):
+                            reply = await connection.read_response()
+                        self._handle(reply)
             except (RedisMemError, TimeoutError) as exc:
-                logger.info("the push connection is down, L1 is bypassed: %s", exc)
+                logger.info("the push connection is down, L1 is bypassed: %s", exc or "silence")
+            except Exception:  # without a listener this process would never hold a lease again
+                logger.exception("the push connection is made anew after a defect")
             finally:
                 self.is_listening = False
                 self._live_until_s = -math.inf
@@ -256,10 +261,14 @@ class Coherence:
             facts = await command("INFO", "server", "persistence")
             own_id = await command("CLIENT", "ID")
             await command("CLIENT", "TRACKING", "ON", "REDIRECT", own_id, "BCAST", "PREFIX", MEMORY_PREFIX)
-            # not before: from here on nothing that changes goes unnoticed
-            self._l1.clear()
-            for channel in (_INVALIDATE.decode(), COHERENCE_CHANNEL, self._channel(self.id)):
-                await command("SUBSCRIBE", channel)
+            channels = (_INVALIDATE.decode(), COHERENCE_CHANNEL, self._channel(self.id))
+            await connection.send_command("SUBSCRIBE", *channels, check_health=False)
+            confirmed = 0
+            while confirmed < len(channels):  # messages may come between; L1 does not answer yet
+                confirmed += (await connection.read_response())[0] == b"subscribe"
+        # not before: Redis drops pushes for a connection that has not subscribed, and tickets of reads on
+        # their way must not outlive that
+        self._l1.clear()
         if has_forgotten(facts):
             self._certain_from_s = now_s() + MAX_LEASE_S
         self.is_listening = True
@@ -346,4 +355,5 @@ class Coherence:
 def has_forgotten(info: bytes) -> bool:
     """Return whether Redis started too lately, and without a log, to know the leases that still run."""
     facts = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
-    return facts[b"aof_enabled"] == b"0" and int(facts[b"uptime_in_seconds"]) <= MAX_LEASE_S + 1
+    uptime_s = int(facts.get(b"uptime_in_seconds", 0))
+    return facts.get(b"aof_enabled") != b"1" and uptime_s <= MAX_LEASE_S + 1

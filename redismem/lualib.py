@@ -75,6 +75,8 @@ async def load_libraries(client: Client) -> list[str]:
         if await client.execute("SET", FUNCTIONS_LOCK, token, "NX", "PX", _LOCK_MS):
             break
         await asyncio.sleep(0.05)
+        if not _outdated(await loaded_versions(client)):
+            return []
     else:
         raise RedisUnavailable("another process is loading the function libraries")
     try:
@@ -100,6 +102,7 @@ class Functions:
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self._loading: asyncio.Task[list[str]] | None = None
 
     async def call(self, name: str, keys: Sequence[str], *args: Argument, read: bool = False) -> Any:
         """Return the raw reply of one Function; `read` ones may run on replicas.
@@ -120,7 +123,9 @@ class Functions:
         try:
             return await self._sent(commands)
         except FunctionMissing:
-            await load_libraries(self.client)
+            if self._loading is None or self._loading.done():  # one load, however many calls found them gone
+                self._loading = asyncio.create_task(load_libraries(self.client))
+            await asyncio.shield(self._loading)
             return await self._sent(commands)
 
     async def _sent(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:

@@ -343,7 +343,7 @@ class Reader:
             served_by="l2" if served_by == b"l2" else "l3",
             timing=Timing(embed=0, search=0, total=0),
         )
-        if query.reason is not None or query.request.explain:
+        if query.reason is not None or query.request.explain or not reply.memories:
             return Found(reply)
         return Found(reply, ttl_ms / 1000)
 

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
+import msgspec
+
 from redismem.backfill import Backfill
 from redismem.browse import Browser
 from redismem.client import Client
@@ -53,8 +55,8 @@ class Service:
         return Owner(user, self.settings.namespace)
 
     async def search(self, owner: Owner, request: SearchRequest) -> SearchReply:
-        """Return the best memories, past L1; see `Reader.search_each`."""
-        return (await self.tiers.find(owner, [request]))[0]
+        """Return the best memories as of now, for people at a shell; see `Reader.search_each`."""
+        return (await self.tiers.find(owner, [msgspec.structs.replace(request, consistency="strong")]))[0]
 
     def stats(self) -> StatsReply:
         """Return what the caches of this process hold and did."""

@@ -131,7 +131,7 @@ class Tiers:
         try:
             fresh = await self._computed(owner, request, digest)
         except RedisUnavailable:
-            stale = self._stale("search", owner, digest)
+            stale = self._stale("search", owner, digest, request.min_generation)
             if stale is None or request.explain:
                 raise
             return Answer(_from_l1(stale, started, b',"stale":true'), stale.generation, stale=True)
@@ -208,7 +208,7 @@ class Tiers:
         try:
             fresh = await self._once("memory", owner, memory_id, compute, None, shared=min_generation == 0)
         except RedisUnavailable:
-            stale = self._stale("memory", owner, memory_id)
+            stale = self._stale("memory", owner, memory_id, min_generation)
             if stale is None:
                 raise
             return Answer(_bytes(stale), stale.generation, stale=True)
@@ -229,12 +229,13 @@ class Tiers:
             return None
         return self._l1.get(kind, owner.tag, key, time.monotonic(), min_generation=min_generation)
 
-    def _stale(self, kind: Kind, owner: Owner, key: str) -> Entry | None:
+    def _stale(self, kind: Kind, owner: Owner, key: str, min_generation: int) -> Entry | None:
         if not self._settings.stale_if_error:
             return None
         entry = self._l1.peek_stale(kind, owner.tag, key, time.monotonic())
-        if entry is not None:
-            self.counts[f"{kind} stale answers"] += 1
+        if entry is None or entry.generation < min_generation:
+            return None
+        self.counts[f"{kind} stale answers"] += 1
         return entry
 
     async def _once(

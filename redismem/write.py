@@ -151,7 +151,8 @@ class Writer:
             if wait:
                 await self._embed(part)
             generation = await self._put_slice(owner, part, items)
-        changed = [str(item.id) for item in items if item is not None and item.outcome == "UPDATED"]
+        # UNCHANGED too: it may be the repetition of a write whose reply, and barrier, were lost
+        changed = [str(item.id) for item in items if item and item.outcome in ("UPDATED", "UNCHANGED")]
         if changed:
             await self._coherence.changed(Event.UPDATED, owner, changed, strong=strong)
         if not records:

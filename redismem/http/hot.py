@@ -58,9 +58,7 @@ class HotPath:
 
     async def _search(self, user: bytes, scope: Scope, receive: Receive, send: Send) -> Receive | None:
         """Answer and return None, or return where the application can read the body from its start."""
-        if not any(
-            name == b"content-type" and value == b"application/json" for name, value in scope["headers"]
-        ):
+        if next((value for name, value in scope["headers"] if name == b"content-type"), b"") != _JSON[1]:
             return receive
         first = await receive()
         body = first.get("body", b"")

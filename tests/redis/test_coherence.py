@@ -185,6 +185,35 @@ async def test_barriers_of_one_process_go_out_together(fleet: list[Service], own
     assert evals(after) - evals(before) < len(ids) / 2
 
 
+async def test_a_repeated_strong_write_waits_like_the_first(tiered: Service, owner: Owner) -> None:
+    for outcome in ("CREATED", "UNCHANGED"):
+        barriers = tiered.coherence.counts["barriers"]
+        reply = await tiered.writer.put(owner, [MemoryInput(text="likes tea", id="a")], strong=True)
+        assert reply.memories[0].outcome == outcome
+    assert tiered.coherence.counts["barriers"] == barriers + 1
+
+
+async def test_no_read_from_before_a_new_push_connection_fills_l1(tiered: Service, until: Until) -> None:
+    ticket = tiered.l1.open("somebody")
+    connections = tiered.coherence.counts["connections"]
+    await tiered.client.execute("CLIENT", "KILL", "TYPE", "PUBSUB")
+    await until("a new one", lambda: asyncio.sleep(0, tiered.coherence.counts["connections"] > connections))
+    assert not ticket.allows(())
+
+
+async def test_a_push_connection_on_which_nothing_comes_is_made_anew(
+    tiered: Service, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    connections = tiered.coherence.counts["connections"]
+    execute = Client.execute
+
+    async def mute(self: Client, *command: object) -> object:
+        return None if command[0] == "EVAL" else await execute(self, *command)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Client, "execute", mute)
+    await until("a new one", lambda: asyncio.sleep(0, tiered.coherence.counts["connections"] > connections))
+
+
 async def test_a_barrier_voids_reads_on_their_way(fleet: list[Service], owner: Owner) -> None:
     ticket = fleet[1].l1.open(owner.tag)
     await fleet[0].coherence.barrier({owner.tag: ["a"]})

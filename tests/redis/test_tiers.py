@@ -215,6 +215,13 @@ async def test_a_new_memory_is_seen_by_session_and_strong_reads_at_once_and_by_o
         assert new in await ids(consistency="session")
 
 
+async def test_a_search_that_found_nothing_is_not_kept(stored: Service, cold: Service, owner: Owner) -> None:
+    for service, word in ((stored, "zebra"), (cold, "giraffe")):
+        assert shown(await service.tiers.search(owner, keyword(word)))["memories"] == []
+        await service.writer.put(owner, [MemoryInput(text=f"saw a {word}")])
+        assert len(shown(await service.tiers.search(owner, keyword(word)))["memories"]) == 1
+
+
 async def test_a_strong_read_joins_nobody(stored: Service, owner: Owner, round_trips: Counter) -> None:
     strong = SearchRequest(text="tea", search_mode="keyword", consistency="strong")
     with round_trips() as sent:
@@ -233,6 +240,8 @@ async def test_a_memory_is_read_at_the_generation_that_is_asked_for(
 
 
 async def test_a_search_bounded_to_the_past_is_kept_longer(stored: Service, owner: Owner) -> None:
+    long_ago = datetime(2019, 5, 1, tzinfo=UTC)
+    await stored.writer.put(owner, [MemoryInput(text="drank tea in Kyoto", event_date=long_ago)])
     bounded = keyword("tea", filters=Filters(event_date=TimeRange(lt=datetime(2020, 1, 1, tzinfo=UTC))))
     for request in (keyword("tea"), bounded):
         await stored.tiers.search(owner, request)
@@ -369,6 +378,10 @@ async def test_stale_answers_are_given_only_when_allowed_and_are_marked(
             assert answer.stale
             assert shown(answer)["stale"] is True
             assert (await service.tiers.memory(owner, "a")).stale
+            with pytest.raises(RedisUnavailable):
+                await service.tiers.search(owner, SearchRequest(text="tea", consistency="strong"))
+            with pytest.raises(RedisUnavailable):
+                await service.tiers.memory(owner, "a", 2**53)
         for request in [RAIN] if allowed else [RAIN, TEA]:
             with pytest.raises(RedisUnavailable):
                 await service.tiers.search(owner, request)
