@@ -1,5 +1,5 @@
 #!lua name=redismem_cache
--- Version: 1
+-- Version: 2
 -- Counts which of one owner's memories are used, and keeps the hot ones: the hot set, and nothing else.
 --
 -- Functions (KEYS -> ARGV -> reply)
@@ -18,24 +18,9 @@
 
 local UNPACK = 1000
 
-local function misuse(text)
-  return redis.error_reply('RMEM_USAGE ' .. text)
-end
+-- part: check
 
 -- check ---------------------------------------------------------------------------------------
-
--- a whole number within bounds; nil for anything else, NaN included
-local function whole(text, low, high)
-  local number = tonumber(text or '')
-  return number and number >= low and number <= high and number % 1 == 0 and number or nil
-end
-
-local function wrong_type(key, want)
-  local got = redis.call('TYPE', key).ok
-  if got ~= 'none' and got ~= want then
-    return redis.error_reply('RMEM_TYPE ' .. key .. ' is a ' .. got .. ', not a ' .. want)
-  end
-end
 
 -- ids in the order given, and how often each was used; nil when an argument is not what it must be
 local function uses_of(args)

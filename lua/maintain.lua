@@ -1,5 +1,5 @@
 #!lua name=redismem_maintain
--- Version: 1
+-- Version: 2
 -- Rebuilds what is derived of one owner, in slices, while the owner is served.
 --
 -- Functions (KEYS -> ARGV -> reply)
@@ -18,14 +18,7 @@
 -- Complexity: O(slice), 0.04 ms a memory (it is indexed again). Derived keys: prefix .. id.
 -- Limits: slices of at most 1,000.
 
-local function misuse(text)
-  return redis.error_reply('RMEM_USAGE ' .. text)
-end
-
-local function whole(text, low, high)
-  local number = tonumber(text or '')
-  return number and number >= low and number <= high and number % 1 == 0 and number or nil
-end
+-- part: check
 
 local function is_record(key)
   return redis.call('TYPE', key).ok == 'hash' and redis.call('HEXISTS', key, 'text') == 1
@@ -118,7 +111,11 @@ local function switch(keys, args)
   end
   local named = redis.pcall('FT.ALIASUPDATE', alias, index)
   if named.err then return named end
-  redis.call('HSET', meta, 'index', index, 'embedder', args[1], 'dim', args[2], 'vector_field', args[3])
+  redis.call('HSET', meta, 'index', index, 'embedder', args[1], 'dim', args[2], 'vector_field', args[3],
+    'algorithm', 'FLAT')
+  -- the graph is of the old vectors, and the new index is complete; keys of graphs go with the next round of
+  -- maintenance
+  redis.call('HDEL', meta, 'graph', 'graph_next', 'graph_writes', 'index_state')
   redis.call('HINCRBY', meta, 'generation', 1)
   return 'OK'
 end

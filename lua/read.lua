@@ -1,23 +1,32 @@
 #!lua name=redismem_read
--- Version: 2
+-- Version: 3
 -- Reads one owner's memories in one round trip; changes nothing but the cache of searches.
 --
 -- Functions (KEYS -> ARGV -> reply); those with _ro are no-writes, so replicas may run them
---   rm_search_ro_v1  alias meta turns | prefix mode vector embedder words words_query filter
---                    unfiltered_query candidates limit timeout_ms word_weight neighbour_share other_speaker min_similarity recency_weight half_life_s
---                    importance_weight now_s explain(0/1) fields (parted by blanks); unfiltered_query is -
---                    unless the filter only hides superseded memories: it serves where there never was one
+--   rm_search_ro_v1  alias meta turns [hot graph0 graph1] | prefix mode vector embedder words words_query filter
+--                    unfiltered_query candidates limit timeout_ms word_weight neighbour_share other_speaker
+--                    min_similarity recency_weight half_life_s importance_weight now_s explain(0/1) fields (parted
+--                    by blanks) [ef staged(0/1) min_results goal excellent session]
+--                    unfiltered_query is - unless the filter only hides superseded memories: it serves where
+--                    there never was one, and such searches use the owner's graph, if one serves, with width ef.
+--                    staged: looks at the hot set and the (escaped) session first, and goes on until timeout_ms;
+--                    with min_results it ends there when so many are as near as goal and one is nearer than
+--                    excellent
 --                    -> NOINDEX | OK generation total note, then a hit: id score parts fields; parts is nil
---                    or similarity words semantic keyword neighbours relevance recency importance;
---                    note EMBEDDER: the store's vectors are of another embedder, words only
---   rm_search_v1     alias meta turns searches | the 21 of rm_search_ro, digest ttl_ms capacity min_generation
+--                    or similarity words semantic keyword neighbours relevance recency importance
+--                    note: words, parted by blanks: EMBEDDER the store's vectors are of another embedder, words
+--                    only; FILLING the index is not complete; HNSW a graph was used; EARLY the goal was met; CUT:<parts>
+--                    (of index,words,total) left out when time ended; ARCHIVED:<quarters> are not in Redis
+--   rm_search_v1     alias meta turns searches [hot graph0 graph1] | the 21 of rm_search_ro, digest ttl_ms
+--                    capacity min_generation [the others of rm_search_ro]
 --                    -> NOINDEX | OK generation total note l2 or l3, ttl_ms, then the hits as above; l2: a
 --                    cached search of at least that generation; l3: made now and, with a ttl_ms above 0,
---                    kept. Neither looked up nor kept: explain. Not kept: no hits, note EMBEDDER,
---                    capacity 0, half of timeout_ms used. A cache that cannot be written is no failure
+--                    kept. Neither looked up nor kept: explain. Not kept: no hits, capacity 0, half of timeout_ms
+--                    used, or a note that says something is missing. A cache that cannot be written is no failure
 --   rm_recall_ro_v1  searches | prefix digest min_generation fields (parted by blanks)
 --                    -> MISS | OK generation total ttl_ms, then the hits as above, parts nil: a cached search
 --                    of at least that generation, with its memories as they are now; none may be gone
+--   rm_recall_ro_v2  the same -> MISS | OK generation total note ttl_ms, then the hits
 --   rm_list_ro_v1    alias meta ids | prefix filter page_filter limit last_moment last_id, fields …
 --                    -> NOINDEX | OK generation total more(0/1), then id fields a memory, newest first and
 --                    by id within one moment, after the last one given ('' and '': from the start)
@@ -28,14 +37,13 @@
 --
 -- Complexity: rm_search O(candidates log limit) plus three FT.SEARCH (0.3-0.9 ms up to 10,000 memories);
 --   the others O(items).
--- Storage: searches hash digest -> generation, total, then id, score a hit; joined by \31; each field has a
+-- Storage: searches hash digest -> generation, total (and \30, archived quarters), then id, score a hit; joined by \31; each field has a
 --   TTL (Redis 7.4; nothing is kept on an older one). Full: of five the one that expires soonest goes.
 -- Derived keys: prefix .. id.
 -- Limits: capacity cached searches an owner.
 
-local function misuse(text)
-  return redis.error_reply('RMEM_USAGE ' .. text)
-end
+-- part: check
+-- part: floats
 
 local function text17(number)
   return number and string.format('%.17g', number) or false
@@ -52,34 +60,7 @@ local function no_index(meta, err)
   return nil
 end
 
--- FT.SEARCH for the candidates nearest to the vector: id -> cosine
-local function nearest(query)
-  local base = query.filter == '*' and '*' or '(' .. query.filter .. ')'
-  local found = redis.pcall('FT.SEARCH', query.alias,
-    base .. '=>[KNN ' .. query.candidates .. ' @embedding $v AS d]', 'PARAMS', 2, 'v', query.vector,
-    'RETURN', 1, 'd', 'LIMIT', 0, query.candidates, 'TIMEOUT', query.timeout_ms, 'DIALECT', 2)
-  if found.err then return nil, found.err end
-  local cosine, skip, sub, number = {}, query.skip, string.sub, tonumber
-  for i = 2, #found, 2 do
-    -- from 8.8 on a result may come without its fields: it has just gone. FLOAT16 rounds past 1.
-    local distance = found[i + 1] and number(found[i + 1][2] or '')
-    if distance then
-      local similarity = 1 - distance
-      cosine[sub(found[i], skip)] = similarity > 1 and 1 or similarity < -1 and -1 or similarity
-    end
-  end
-  return cosine
-end
-
--- FT.SEARCH for the candidates with the words: id -> BM25 score
-local function worded(query)
-  local found = redis.pcall('FT.SEARCH', query.alias, query.worded, 'NOCONTENT', 'WITHSCORES', 'SCORER', 'BM25STD',
-    'LIMIT', 0, query.candidates, 'TIMEOUT', query.timeout_ms, 'DIALECT', 2)
-  if found.err then return nil, found.err end
-  local score, skip, sub, number = {}, query.skip, string.sub, tonumber
-  for i = 2, #found, 2 do score[sub(found[i], skip)] = number(found[i + 1]) end
-  return score, found[1]
-end
+-- part: candidates
 
 -- min-max over the candidates of one list: the best is 1, the last 0
 local function scaled(scores)
@@ -181,90 +162,128 @@ local function split(names)
   return fields
 end
 
--- the reply of rm_search_ro, and whether it is an answer of the index
-local function search(keys, args)
-  local meta = keys[2]
-  local query = {
-    alias = keys[1], turns = keys[3],
-    prefix = args[1], skip = #(args[1] or '') + 1, mode = args[2], vector = args[3], words = args[5],
-    worded = args[6], filter = args[7], candidates = tonumber(args[9] or ''), timeout_ms = args[11],
-    share = tonumber(args[13] or ''), other_speaker = tonumber(args[14] or ''),
-    min_similarity = tonumber(args[15] or ''), recency_weight = tonumber(args[16] or ''),
-    half_life_s = tonumber(args[17] or ''), importance_weight = tonumber(args[18] or ''),
-    now_s = tonumber(args[19] or ''), explain = args[20] == '1',
-  }
-  local limit, word_weight = tonumber(args[10] or ''), tonumber(args[12] or '')
-  if not (query.turns and query.now_s) then return misuse('rm_search_ro alias meta turns | …') end
-
-  local known = redis.call('HMGET', meta, 'generation', 'embedder', 'superseded')
-  if args[8] ~= '-' and not known[3] then query.worded, query.filter = args[8], '*' end
-  local generation, note = known[1] or '0', ''
-  if query.vector ~= '' and known[2] and known[2] ~= args[4] then note, query.vector = 'EMBEDDER', '' end
-  if query.vector == '' then query.min_similarity = nil end
-  local function failed(err) return no_index(meta, err) or { 'OK', generation, 0, note } end
-
-  local cosine, bm25, err, total = {}, {}, nil, nil
-  if query.vector ~= '' then
-    cosine, err = nearest(query)
-    if not cosine then return failed(err) end
+local function noted(query, known)
+  local words, cut = {}, {}
+  if query.is_foreign then words[1] = 'EMBEDDER' end
+  if known.index_state then words[#words + 1] = 'FILLING' end
+  if query.by_graph then words[#words + 1] = 'HNSW' end
+  if query.early then words[#words + 1] = 'EARLY' end
+  for _, part in ipairs({ 'index', 'words', 'total' }) do
+    if query.cut[part] then cut[#cut + 1] = part end
   end
-  if query.worded ~= '' and query.mode ~= 'semantic' then
-    bm25, total = worded(query)
-    if not bm25 then return failed(total) end
-  end
-  if query.mode ~= 'keyword' then
-    local counted = redis.pcall('FT.SEARCH', query.alias, query.filter, 'LIMIT', 0, 0, 'DIALECT', 2)
-    if counted.err then return failed(counted.err) end
-    total = counted[1]
-  end
+  if #cut > 0 then words[#words + 1] = 'CUT:' .. table.concat(cut, ',') end
+  local is_whole = not (query.is_foreign or known.index_state or query.early or #cut > 0)
+  if known.archived then words[#words + 1] = 'ARCHIVED:' .. string.gsub(known.archived, ' ', ',') end
+  return table.concat(words, ' '), is_whole
+end
 
+-- relevance of every candidate, and what it is made of
+local function fused(query, cosine, bm25)
   local semantic, keyword, relevance, support = {}, {}, {}, {}
   if query.mode == 'semantic' then
     for id, similarity in pairs(cosine) do
       semantic[id] = math.max(0, similarity)
       relevance[id] = semantic[id]
     end
-  else
-    semantic, keyword = scaled(cosine), scaled(bm25)
-    -- a list that has no answer leaves the other alone
-    if next(bm25) == nil then word_weight = 0 elseif next(cosine) == nil then word_weight = 1 end
-    for id, score in pairs(semantic) do relevance[id] = (1 - word_weight) * score end
-    for id, score in pairs(keyword) do relevance[id] = (relevance[id] or 0) + word_weight * score end
-    if query.mode == 'hybrid' then relevance, support = in_conversation(relevance, query) end
+    return relevance, semantic, keyword, support
+  end
+  local word_weight = query.word_weight
+  semantic, keyword = scaled(cosine), scaled(bm25)
+  -- a list that has no answer leaves the other alone
+  if next(bm25) == nil then word_weight = 0 elseif next(cosine) == nil then word_weight = 1 end
+  for id, score in pairs(semantic) do relevance[id] = (1 - word_weight) * score end
+  for id, score in pairs(keyword) do relevance[id] = (relevance[id] or 0) + word_weight * score end
+  if query.mode == 'hybrid' then relevance, support = in_conversation(relevance, query) end
+  return relevance, semantic, keyword, support
+end
+
+-- the optional keys and arguments of a search, from where they start
+local function options(query, keys, key_at, args, at)
+  query.hot, query.graphs = keys[key_at], { keys[key_at + 1], keys[key_at + 2] }
+  query.ef, query.staged = tonumber(args[at] or ''), query.hot and args[at + 1] == '1'
+  query.min_results, query.goal = tonumber(args[at + 2] or ''), tonumber(args[at + 3] or '')
+  query.excellent, query.session = tonumber(args[at + 4] or ''), args[at + 5] or ''
+  if not (query.goal and query.excellent) then query.min_results = nil end
+end
+
+-- the reply of rm_search_ro, and whether nothing is missing in it
+local function found_by(keys, args, key_at, at)
+  local meta = keys[2]
+  local query = {
+    alias = keys[1], turns = keys[3], started_s = os.clock(), cut = {},
+    prefix = args[1], skip = #(args[1] or '') + 1, mode = args[2], vector = args[3], words = args[5],
+    worded = args[6], filter = args[7], candidates = tonumber(args[9] or ''), limit = tonumber(args[10] or ''),
+    timeout_ms = tonumber(args[11] or ''), word_weight = tonumber(args[12] or ''),
+    share = tonumber(args[13] or ''), other_speaker = tonumber(args[14] or ''),
+    min_similarity = tonumber(args[15] or ''), recency_weight = tonumber(args[16] or ''),
+    half_life_s = tonumber(args[17] or ''), importance_weight = tonumber(args[18] or ''),
+    now_s = tonumber(args[19] or ''), explain = args[20] == '1',
+  }
+  if not (query.turns and query.now_s and query.timeout_ms) then return misuse('rm_search_ro alias meta turns | …') end
+  options(query, keys, key_at, args, at)
+
+  local raw = redis.call('HMGET', meta, 'generation', 'embedder', 'superseded', 'index_state', 'graph', 'archived')
+  local known = { index_state = raw[4], archived = raw[6] }
+  local generation = raw[1] or '0'
+  if args[8] ~= '-' then
+    if not raw[3] then query.worded, query.filter = args[8], '*' end
+    query.graph = query.ef and raw[5] and query.graphs[string.sub(raw[5], 1, 1) + 1]
+  end
+  if query.vector ~= '' and raw[2] and raw[2] ~= args[4] then query.is_foreign, query.vector = true, '' end
+  if query.vector == '' then query.min_similarity = nil end
+  local function failed(err) return no_index(meta, err) or { 'OK', generation, 0, (noted(query, known)) } end
+
+  local cosine, bm25, total = by_stages(query)
+  if not cosine then return failed(bm25) end
+  if query.mode ~= 'keyword' then
+    if left_ms(query) <= 0 or query.early then
+      query.cut.total = not query.early
+      total = 0
+      for id in pairs(cosine) do total = total + 1 end
+    else
+      local counted = redis.pcall('FT.SEARCH', query.alias, query.filter, 'LIMIT', 0, 0, 'DIALECT', 2)
+      if counted.err then return failed(counted.err) end
+      total = counted[1]
+    end
   end
 
-  local hits, fields = ranked(relevance, cosine, query, limit), split(args[21])
+  local relevance, semantic, keyword, support = fused(query, cosine, bm25)
+  local hits, fields = ranked(relevance, cosine, query, query.limit), split(args[21])
+  local note, is_whole = noted(query, known)
   local reply = { 'OK', generation, total or 0, note }
   for i, hit in ipairs(hits) do
-    local id, at = hit.id, 4 * i
-    reply[at + 1], reply[at + 2], reply[at + 3] = id, text17(hit.score), false
+    local id, place = hit.id, 4 * i
+    reply[place + 1], reply[place + 2], reply[place + 3] = id, text17(hit.score), false
     if query.explain then
-      reply[at + 3] = {
+      reply[place + 3] = {
         text17(cosine[id]), text17(bm25[id]), text17(semantic[id] or 0), text17(keyword[id] or 0),
         text17(support[id] or 0), text17(relevance[id]), text17(hit.recency), text17(hit.importance),
       }
     end
-    reply[at + 4] = redis.call('HMGET', query.prefix .. id, unpack(fields))
+    reply[place + 4] = redis.call('HMGET', query.prefix .. id, unpack(fields))
   end
-  return reply, true
+  return reply, is_whole, known.archived
+end
+
+local function search(keys, args)
+  return (found_by(keys, args, 4, 22))
 end
 
 -- the cache of searches ---------------------------------------------------------------------------
 
-local function whole(text, low, high)
-  local number = tonumber(text or '')
-  return number and number >= low and number <= high and number % 1 == 0 and number or nil
-end
-
--- append what a cached search found to `reply`, behind its generation, total, `…` and TTL; nil for a miss.
+-- append what a cached search found to `reply`, behind its generation, total, note if `has_note`, `…` and TTL; nil
+-- for a miss.
 -- Every failure is a miss: a key or a memory of a foreign type, an unknown HPTTL.
-local function recalled(searches, prefix, digest, min_generation, fields, reply, ...)
+local function recalled(searches, prefix, digest, min_generation, fields, has_note, ...)
   local raw = redis.pcall('HGET', searches, digest)
-  local generation, total, at = string.match(type(raw) == 'string' and raw or '', '^(%d+)\31(%d+)()')
+  local generation, total, archived, at = string.match(type(raw) == 'string' and raw or '',
+    '^(%d+)\31(%d+)\30?([^\31]*)()')
   if not at or tonumber(generation) < min_generation then return nil end
   local ttl_ms = redis.pcall('HPTTL', searches, 'FIELDS', 1, digest)
   if ttl_ms.err or ttl_ms[1] < 0 then return nil end
-  for _, item in ipairs({ 'OK', generation, tonumber(total), ... }) do reply[#reply + 1] = item end
+  local reply = { 'OK', generation, tonumber(total) }
+  if has_note then reply[4] = archived ~= '' and 'ARCHIVED:' .. archived or '' end
+  for _, item in ipairs({ ... }) do reply[#reply + 1] = item end
   reply[#reply + 1] = ttl_ms[1]
   local size, count = #reply, #fields
   fields[count + 1] = 'text'
@@ -278,17 +297,19 @@ local function recalled(searches, prefix, digest, min_generation, fields, reply,
   return reply
 end
 
-local function recall(keys, args)
+local function recall(keys, args, has_note)
   local least = whole(args[3], 0, 2 ^ 53)
   if not (keys[1] and least and args[4]) then
     return misuse('rm_recall_ro searches | prefix digest min_generation fields')
   end
-  return recalled(keys[1], args[1], args[2], least, split(args[4]), {}) or { 'MISS' }
+  return recalled(keys[1], args[1], args[2], least, split(args[4]), has_note) or { 'MISS' }
 end
 
 -- the reply of rm_search_ro as a cached search; nil when it cannot be one
-local function packed(reply)
-  local parts = { reply[2], string.format('%.0f', reply[3]) }
+local function packed(reply, archived)
+  local total = string.format('%.0f', reply[3])
+  if archived then total = total .. '\30' .. string.gsub(archived, ' ', ',') end
+  local parts = { reply[2], total }
   for at = 5, #reply, 4 do
     if string.find(reply[at], '\31', 1, true) then return nil end -- an id of a foreign hand
     parts[#parts + 1], parts[#parts + 2] = reply[at], reply[at + 1]
@@ -323,17 +344,16 @@ local function search_or_recall(keys, args)
     return misuse('rm_search alias meta turns searches | …, digest ttl_ms capacity min_generation')
   end
   local cached = not explain
-    and recalled(searches, args[1], digest, least, split(args[21]), {}, '', 'l2')
+    and recalled(searches, args[1], digest, least, split(args[21]), true, 'l2')
   if cached then return cached end
 
   local started_s = os.clock()
-  local found, complete = search(keys, args)
+  local found, is_whole, archived = found_by(keys, args, 5, 26)
   if found[1] ~= 'OK' then return found end
-  -- RediSearch ends a query that runs out of time early, and does not say so. Here only the clock of CPU time
-  -- goes on (TIME stands still in a Function), hence half the budget.
-  complete = complete and (os.clock() - started_s) * 2000 < (tonumber(args[11]) or 0)
+  -- RediSearch ends a query that runs out of time early, and does not say so; hence half the budget
+  local is_sure = is_whole and (os.clock() - started_s) * 2000 < (tonumber(args[11]) or 0)
   -- nothing found costs little to find again, and what is written next must not stay hidden behind it
-  local value = complete and not explain and capacity > 0 and found[4] == '' and #found > 4 and packed(found)
+  local value = is_sure and not explain and capacity > 0 and #found > 4 and packed(found, archived)
   local kept = value and keep(searches, digest, value, ttl_ms, capacity)
   local reply = { 'OK', found[2], found[3], found[4], 'l3', kept and ttl_ms or 0 }
   for i = 5, #found do reply[i + 2] = found[i] end
@@ -417,6 +437,11 @@ end
 
 redis.register_function { function_name = 'rm_search_ro_v1', callback = search, flags = { 'no-writes' } }
 redis.register_function { function_name = 'rm_recall_ro_v1', callback = recall, flags = { 'no-writes' } }
+redis.register_function {
+  function_name = 'rm_recall_ro_v2',
+  callback = function(keys, args) return recall(keys, args, true) end,
+  flags = { 'no-writes' },
+}
 redis.register_function('rm_search_v1', search_or_recall)
 redis.register_function { function_name = 'rm_list_ro_v1', callback = list, flags = { 'no-writes' } }
 redis.register_function { function_name = 'rm_tails_ro_v1', callback = tails, flags = { 'no-writes' } }

@@ -1,26 +1,27 @@
 #!lua name=redismem_write
--- Version: 2
+-- Version: 3
 -- Changes one owner's memories, and everything made from them, in one step.
 --
--- Functions (KEYS -> ARGV -> reply); put, update, delete, correct, forget: with the further KEYS searches hot
---   hits, cached searches with an updated, deleted, superseded or superseding id go in the same step, and
---   deleted and superseded ids leave hot and hits. A caller without them leaves the caches to their TTLs.
---   rm_open_v1     alias index meta | now_ms embedder dim vector_field, FT.CREATE arguments …
---                  -> OK: the index exists and serves under its alias
+-- Functions (KEYS -> ARGV -> reply); put, update, delete, correct: with the further KEYS searches hot hits,
+--   cached searches with an updated, deleted, superseded or superseding id go in the same step, and deleted
+--   and superseded ids leave hot and hits; a caller without them leaves the caches to their TTLs. With the
+--   further KEYS graph0 graph1, an owner's HNSW graphs (lua/graph.lua) follow each change of a vector; a caller
+--   without them makes that owner's searches exact until the graph is built again. With the further KEY
+--   archived, a delete or a put of an archived id takes it out of the archive.
 --   rm_put_v1      meta ids log turns | prefix now_ms embedder dim log_length count, records …
 --                  -> NOINDEX | OK generation stale [outcome id version embedded a record];
---                  outcomes CREATED UPDATED UNCHANGED, TAKEN (a derived id meets other content) and, for
---                  all records after such a one, WAITING: give that one another id and send them again
+--                  outcomes CREATED UPDATED UNCHANGED, TAKEN (a derived id meets other content: give it
+--                  another id) and, for all records after such a one, or after a few that joined a graph,
+--                  WAITING: send them again
 --   rm_update_v1   meta ids log turns | prefix now_ms embedder dim log_length version, one record
 --                  -> NOINDEX | MISSING | STALE version | OK version embedded stale
 --   rm_delete_v1   meta ids log turns | prefix now_ms log_length, ids …
 --                  -> OK generation stale [DELETED or MISSING an id]
 --   rm_correct_v1  meta ids log turns | prefix now_ms embedder dim log_length count old ids …, one record
 --                  -> NOINDEX | MISSING id | TAKEN id | CREATED or UNCHANGED generation version embedded stale
---   rm_embed_v1    meta ids turns | prefix now_ms embedder dim, (id content_hash prev_id prev_hash vector) …
---                  -> a word an id: OK STALE MISSING REFUSED
---   rm_forget_v1   alias meta ids log turns | prefix limit, every index the owner may have …
---                  -> OK memories keys done(0/1); call again until done
+--   rm_embed_v1    meta ids turns [graph0 graph1] | prefix now_ms embedder dim,
+--                  (id content_hash prev_id prev_hash vector) …
+--                  -> a word an id: OK STALE MISSING REFUSED, WAITING as above
 --   A record is: id kind prev_id prev_hash created_at speaker fields, (field value) …; kind is
 --   given | derived (an id made from the content) | keep (rm_update: the vector still fits) | minor (and so do
 --   the cached searches, which hold only ids and scores).
@@ -31,7 +32,7 @@
 --
 --
 -- Complexity: O(fields) a record plus its re-indexing (about 0.04 ms) plus one pass over the cached searches
---   (0.15 ms for 128 of 10 hits); rm_forget O(limit).
+--   (0.15 ms for 128 of 10 hits); of a large owner about 2 ms more a vector, at most GRAPH_ADDS a call.
 -- Storage: prefix..id hash; ids zset id -> created_at; meta hash; log stream; searches: lua/read.lua; hot, hits:
 --   lua/cache.lua; turns hash:
 --     l<id>       place of a turn: id before, id after, position, speaker, session; joined by \31
@@ -47,30 +48,18 @@
 local UNPACK = 1000
 local SESSION_STEP = 1048576
 local FEW_IDS = 4
+-- vectors that one call adds to a graph: each holds Redis for about 2 ms
+local GRAPH_ADDS = 4
 
-local function misuse(text)
-  return redis.error_reply('RMEM_USAGE ' .. text)
-end
+-- part: check
 
 -- check ---------------------------------------------------------------------------------------
-
--- a whole number within bounds; nil for anything else, NaN included
-local function whole(text, low, high)
-  local number = tonumber(text or '')
-  return number and number >= low and number <= high and number % 1 == 0 and number or nil
-end
-
-local function wrong_type(key, want)
-  local got = redis.call('TYPE', key).ok
-  if got ~= 'none' and got ~= want then
-    return redis.error_reply('RMEM_TYPE ' .. key .. ' is a ' .. got .. ', not a ' .. want)
-  end
-end
 
 local function wrong_types(ctx, ids)
   local wrong = wrong_type(ctx.meta, 'hash') or wrong_type(ctx.ids, 'zset') or wrong_type(ctx.turns, 'hash')
     or (ctx.log and wrong_type(ctx.log, 'stream')) or (ctx.searches and wrong_type(ctx.searches, 'hash'))
     or (ctx.hot and wrong_type(ctx.hot, 'zset')) or (ctx.hits and wrong_type(ctx.hits, 'hash'))
+    or (ctx.archived and wrong_type(ctx.archived, 'zset'))
   for _, id in ipairs(ids) do wrong = wrong or wrong_type(ctx.prefix .. id, 'hash') end
   return wrong
 end
@@ -93,7 +82,7 @@ end
 local function context_of(keys, args, log_length)
   local ctx = {
     meta = keys[1], ids = keys[2], log = keys[3], turns = keys[4], searches = keys[5], hot = keys[6],
-    hits = keys[7], prefix = args[1], now_ms = whole(args[2], 1, 1e14), embedder = args[3],
+    hits = keys[7], graph_keys = { keys[8], keys[9] }, archived = keys[10], adds = 0, prefix = args[1], now_ms = whole(args[2], 1, 1e14), embedder = args[3],
     dim = whole(args[4], 1, 65536), log_length = log_length or args[5],
   }
   return ctx.turns and ctx.now_ms and (log_length or ctx.dim) and whole(ctx.log_length, 1, 2 ^ 53) and ctx or nil
@@ -101,9 +90,9 @@ end
 
 -- read the owner's index; NOINDEX without one, misuse for a vector that would not fit it
 local function unready(ctx, records)
-  local raw = redis.call('HMGET', ctx.meta, 'index', 'embedder', 'vector_field', 'dim')
+  local raw = redis.call('HMGET', ctx.meta, 'index', 'embedder', 'vector_field', 'dim', 'index_state')
   ctx.store_embedder, ctx.vector_field = raw[2], raw[3] or 'embedding'
-  if not raw[1] then return { 'NOINDEX' } end
+  if not raw[1] or raw[5] == 'cold' then return { 'NOINDEX' } end
   local dim = raw[2] == ctx.embedder and tonumber(raw[4] or '') or ctx.dim
   for _, record in ipairs(records) do
     local vector = record.values.embedding
@@ -159,11 +148,15 @@ local function next_created_at(ctx)
   return text
 end
 
+-- part: floats
+-- part: graphs
+
 -- drop the vector of the turn after `id`, which was made from `id` as well
 local function drop_successor(ctx, id, stale)
   local _, after = place(ctx, id)
   if after ~= '' then
     redis.call('HDEL', ctx.prefix .. after, 'embedding', 'embedding_next', 'embedder', 'embedder_next')
+    drop_from_graphs(ctx, after)
     stale[#stale + 1] = after
   end
 end
@@ -240,9 +233,10 @@ local function write_record(ctx, record, version, created_at, removed)
   set('version', version)
   set('created_at', created_at)
   set('updated_at', string.format('%.6f', ctx.now_ms / 1000))
-  if values.embedding and ctx.store_embedder == ctx.embedder
-      and fits(ctx, record.id, record.prev_id, record.prev_hash) then
-    set(ctx.vector_field, values.embedding)
+  local vector = ctx.store_embedder == ctx.embedder and fits(ctx, record.id, record.prev_id, record.prev_hash)
+    and values.embedding
+  if vector then
+    set(ctx.vector_field, vector)
     set('embedder', ctx.embedder)
   end
   for _, names in ipairs(removed) do
@@ -254,6 +248,11 @@ local function write_record(ctx, record, version, created_at, removed)
   if #gone > 0 then redis.call('HDEL', key, unpack(gone)) end
   redis.call('HSET', key, unpack(flat))
   redis.call('ZADD', ctx.ids, created_at, record.id)
+  if vector and not values.superseded_by then
+    add_to_graphs(ctx, record.id, vector)
+  elseif redis.call('HEXISTS', key, 'embedder') == 0 or values.superseded_by then
+    drop_from_graphs(ctx, record.id)
+  end
   return redis.call('HEXISTS', key, 'embedder')
 end
 
@@ -271,6 +270,7 @@ local function put_one(ctx, record, stale)
   local embedded = write_record(ctx, record, version, created_at, there and { CONTENT, ORIGIN, VECTOR } or {})
   drop_successor(ctx, record.id, stale)
   if values.superseded_by then redis.call('HSET', ctx.meta, 'superseded', 1) end
+  if ctx.archived then redis.call('ZREM', ctx.archived, record.id) end
   log(ctx, there and 'updated' or 'created', record.id, version)
   return there and 'UPDATED' or 'CREATED', version, embedded
 end
@@ -299,22 +299,6 @@ end
 
 -- functions -----------------------------------------------------------------------------------
 
-local function open(keys, args)
-  local alias, index, meta = keys[1], keys[2], keys[3]
-  local now_ms, embedder, dim, field = whole(args[1], 1, 1e14), args[2], whole(args[3], 1, 65536), args[4]
-  if not (meta and now_ms and dim and args[5]) then return misuse('rm_open alias index meta | …') end
-  local wrong = wrong_type(meta, 'hash')
-  if wrong then return wrong end
-  local made = redis.pcall('FT.CREATE', unpack(args, 5))
-  if made.err and not string.find(made.err, 'already exists') then return made end
-  local named = redis.pcall('FT.ALIASUPDATE', alias, index)
-  if named.err then return named end
-  redis.call('HSETNX', meta, 'generation', seed(now_ms))
-  redis.call('HSET', meta, 'index', index, 'algorithm', 'FLAT', 'vector_field', field,
-    'embedder', embedder, 'dim', dim)
-  return 'OK'
-end
-
 local function put(keys, args)
   local ctx, records, ids, at = context_of(keys, args), {}, {}, 7
   local count = whole(args[6], 0, 500)
@@ -332,7 +316,7 @@ local function put(keys, args)
     local outcome, version, embedded = 'WAITING', '0', 0
     if not waiting then outcome, version, embedded = put_one(ctx, record, stale) end
     -- later turns of the same session must not overtake this one
-    waiting = waiting or outcome == 'TAKEN'
+    waiting = waiting or outcome == 'TAKEN' or ctx.adds >= GRAPH_ADDS
     if outcome == 'UPDATED' then updated[#updated + 1] = record.id end
     for _, item in ipairs({ outcome, record.id, version, embedded }) do outcomes[#outcomes + 1] = item end
   end
@@ -372,7 +356,9 @@ local function delete(keys, args)
   for i, id in ipairs(ids) do
     outcomes[i] = 'MISSING'
     unlink(ctx, id, stale)
-    if redis.call('DEL', ctx.prefix .. id) == 1 then
+    drop_from_graphs(ctx, id)
+    local archived = ctx.archived and redis.call('ZREM', ctx.archived, id) or 0
+    if redis.call('DEL', ctx.prefix .. id) + archived > 0 then
       outcomes[i] = 'DELETED'
       log(ctx, 'deleted', id, bump(ctx))
     end
@@ -416,6 +402,7 @@ local function correct(keys, args)
       stale[#stale + 1] = id
     end
     unlink(ctx, id, stale)
+    drop_from_graphs(ctx, id)
     version = bump(ctx)
     redis.call('HSET', ctx.prefix .. id, 'superseded_by', record.id, 'version', version,
       'updated_at', string.format('%.6f', ctx.now_ms / 1000))
@@ -431,7 +418,7 @@ end
 
 local function embed(keys, args)
   local ctx = {
-    meta = keys[1], ids = keys[2], turns = keys[3],
+    meta = keys[1], ids = keys[2], turns = keys[3], graph_keys = { keys[4], keys[5] }, adds = 0,
     prefix = args[1], now_ms = whole(args[2], 1, 1e14), embedder = args[3], dim = whole(args[4], 1, 65536),
   }
   if not (ctx.turns and ctx.now_ms and ctx.dim) or (#args - 4) % 5 ~= 0 then
@@ -448,8 +435,10 @@ local function embed(keys, args)
   local words, written = {}, false
   for i = 5, #args, 5 do
     local id, key = args[i], ctx.prefix .. args[i]
-    local raw = redis.call('HMGET', key, 'text', 'content_hash', 'created_at')
-    if not raw[1] then
+    local raw = redis.call('HMGET', key, 'text', 'content_hash', 'created_at', 'superseded_by')
+    if ctx.adds >= GRAPH_ADDS then
+      words[#words + 1] = 'WAITING'
+    elseif not raw[1] then
       words[#words + 1] = 'MISSING'
     elseif ctx.store_embedder ~= ctx.embedder then
       words[#words + 1] = 'REFUSED'
@@ -461,6 +450,7 @@ local function embed(keys, args)
       redis.call('HSET', key, ctx.vector_field, args[i + 4], 'embedder', ctx.embedder, 'pk', id,
         'created_at', created_at)
       redis.call('ZADD', ctx.ids, 'NX', created_at, id)
+      if not raw[4] then add_to_graphs(ctx, id, args[i + 4]) end
       words[#words + 1], written = 'OK', true
     end
   end
@@ -468,33 +458,8 @@ local function embed(keys, args)
   return words
 end
 
-local function forget(keys, args)
-  local alias, ids, prefix, limit = keys[1], keys[3], args[1], whole(args[2], 1, 1000)
-  if not (keys[5] and limit and args[3]) then return misuse('rm_forget alias meta ids log turns | …') end
-  local wrong = wrong_type(ids, 'zset')
-  if wrong then return wrong end
-
-  local victims = redis.call('ZRANGE', ids, 0, limit - 1)
-  if #victims == 0 then
-    -- memories that other services wrote are in the index only
-    local found = redis.pcall('FT.SEARCH', alias, '*', 'NOCONTENT', 'LIMIT', 0, limit)
-    for i = 2, found.err and 0 or #found do victims[i - 1] = string.sub(found[i], #prefix + 1) end
-  end
-  local memories = 0
-  for _, id in ipairs(victims) do memories = memories + redis.call('DEL', prefix .. id) end
-  if #victims > 0 then
-    redis.call('ZREM', ids, unpack(victims))
-    return { 'OK', memories, 0, 0 }
-  end
-
-  for i = 3, #args do redis.pcall('FT.DROPINDEX', args[i]) end
-  return { 'OK', 0, redis.call('DEL', unpack(keys, 2)), 1 }
-end
-
-redis.register_function('rm_open_v1', open)
 redis.register_function('rm_put_v1', put)
 redis.register_function('rm_update_v1', update)
 redis.register_function('rm_delete_v1', delete)
 redis.register_function('rm_correct_v1', correct)
 redis.register_function('rm_embed_v1', embed)
-redis.register_function('rm_forget_v1', forget)

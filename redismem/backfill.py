@@ -85,17 +85,17 @@ class Backfill:
         if not rows:
             return []
         vectors = await turn_vectors(self._embedder, [row.turn for row in rows], urgent=urgent)
-        words = await self._functions.call(
-            "rm_embed_v1",
-            [owner.meta, owner.ids, owner.turns],
-            *(owner.memory_prefix, int(time.time() * 1000), self._embedder.name, self._embedder.dim),
-            *(
-                part
-                for row, vector in zip(rows, vectors, strict=True)
-                for part in (*row.key, vector_bytes(vector))
-            ),
-        )
-        return [row.id for row, word in zip(rows, words, strict=True) if word == b"STALE"]
+        todo, stale = list(zip(rows, vectors, strict=True)), []
+        while todo:  # a call takes a few vectors of a large owner, and leaves the rest waiting
+            words = await self._functions.call(
+                "rm_embed_v1",
+                [owner.meta, owner.ids, owner.turns, *owner.graphs],
+                *(owner.memory_prefix, int(time.time() * 1000), self._embedder.name, self._embedder.dim),
+                *(part for row, vector in todo for part in (*row.key, vector_bytes(vector))),
+            )
+            stale += [row.id for (row, _), word in zip(todo, words, strict=True) if word == b"STALE"]
+            todo = [item for item, word in zip(todo, words, strict=True) if word == b"WAITING"]
+        return stale
 
     async def _run(self) -> None:
         while True:

@@ -12,10 +12,11 @@ import msgspec
 
 from redismem.codec import READ_FIELDS, memory_from_raw
 from redismem.errors import IndexMissing, InvalidInput, NotFound
+from redismem.filters import Filters
 from redismem.keys import Owner
 from redismem.lualib import Functions
 from redismem.query import filter_query
-from redismem.types import Filters, HistoryEvent, HistoryReply, ListReply, Memory
+from redismem.types import HistoryEvent, HistoryReply, ListReply, Memory
 
 #: where a page ended: a moment, and the percent-encoded id of the last memory
 CURSOR = r"^-?[0-9]{1,12}(\.[0-9]{1,24})?(e-[0-9]{2})?~[^~]+$"

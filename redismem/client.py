@@ -72,6 +72,18 @@ class Client:
         """
         return await self._replies(packed(commands), len(commands)) if commands else []
 
+    async def execute_atomically(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Return the replies of several commands that run in one step (MULTI, EXEC). Cost: one round trip.
+
+        Raises:
+            StoreError: a command failed; those before and after it were carried out.
+        """
+        replies = (await self.pipeline([("MULTI",), *commands, ("EXEC",)]))[-1]
+        for reply in replies:
+            if isinstance(reply, foreign.ResponseError):
+                raise ours(reply) from reply
+        return list(replies)
+
     async def close(self) -> None:
         """Fail what waits and close every connection."""
         await self._fast.close()

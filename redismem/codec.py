@@ -13,8 +13,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from redismem.query import epoch, metadata_tags, packed_tags, unpacked_tags
-from redismem.types import MAX_METADATA_BYTES, Filters, Memory, MemoryInput, SearchRequest
+from redismem.fields import MAX_METADATA_BYTES
+from redismem.filters import Filters
+from redismem.query import epoch, filtered_quarters, metadata_tags, packed_tags, unpacked_tags
+from redismem.types import Memory, MemoryInput, SearchRequest
 from redismem.words import day_words, extra_words
 
 #: what a reader fetches, in the order `memory_from_raw` expects
@@ -25,7 +27,7 @@ READ_FIELDS = (
 )
 
 #: part of every cached search's digest: bumped when the same request may rank differently
-RANKING = 1
+RANKING = 2
 
 # values a hash written by another service may lack
 _UNSET_MOMENT = datetime.fromtimestamp(0, UTC)
@@ -93,12 +95,13 @@ _canonical = msgspec.json.Encoder(order="deterministic")
 def search_digest(request: SearchRequest, embedder: str) -> str:
     """Return 32 characters that two requests share exactly when they ask for the same memories.
 
-    What bounds or describes the answer (`max_ms`, `consistency`, `min_version`, `explain`) is not in it.
+    What bounds or describes the answer (`max_ms`, `min_results`, `session_id`, `consistency`, `min_version`,
+    `explain`) is not in it: an answer that is kept is a whole one.
     """
     asked = (
         *(RANKING, embedder, request.text, request.vector, request.limit, request.search_mode),
-        *(request.query_type, request.filters, request.min_similarity, request.recency_weight),
-        *(request.recency_half_life_days, request.importance_weight),
+        *(request.query_type, request.ef, request.filters, request.min_similarity),
+        *(request.recency_weight, request.recency_half_life_days, request.importance_weight),
     )
     return blake2b(_canonical.encode(asked), digest_size=16).hexdigest()
 
@@ -115,6 +118,19 @@ def asks_for_the_past(filters: Filters, now_s: float) -> bool:
         if any(epoch(end) < now_s for end in ends):
             return True
     return False
+
+
+def reached(filters: Filters, quarters: Sequence[str]) -> list[str]:
+    """Return those of `quarters` whose memories may satisfy the filters, in order."""
+    found = sorted(quarters)
+    if filters.partition is not None:
+        asked = filtered_quarters(filters.partition)
+        found = [name for name in found if name in asked]
+    if (bounds := filters.event_date) is not None:
+        starts = [quarter(epoch(start)) for start in (bounds.gt, bounds.gte) if start is not None]
+        ends = [quarter(epoch(end)) for end in (bounds.lt, bounds.lte) if end is not None]
+        found = [name for name in found if max(starts, default="") <= name <= min(ends, default="~")]
+    return found
 
 
 def _digest(content: bytes) -> str:

@@ -18,7 +18,7 @@ from msgspec import Struct
 from redismem.client import Client
 from redismem.embed import Embedder, open_embedder
 from redismem.errors import RedisMemError, StoreError
-from redismem.index import open_index, rebuild_index
+from redismem.index import Indexes
 from redismem.keys import STORE, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions, load_libraries, loaded_versions, shipped_libraries
 from redismem.query import index_schema
@@ -250,6 +250,8 @@ async def _indexes(client: Client, embedder: Embedder | None, *, repair: bool) -
 
 
 async def _index_problem(client: Client, owner: Owner, shapes: _Shapes) -> _Problem | None:
+    if await client.execute("HGET", owner.meta, "index_state") == b"cold":
+        return None  # its next reader or writer makes it
     stored = await client.execute("ZCARD", owner.ids)
     info = await _index_info(client, owner.index)
     if fault := await _index_fault(client, owner, info, stored, shapes):
@@ -320,9 +322,7 @@ async def _rebuild(client: Client, owner: Owner, embedder: Embedder) -> None:
     index = owner.physical_index(field.decode() if field else VECTOR_FIELDS[0])
     if await _index_info(client, index):
         await client.execute("FT.DROPINDEX", index)
-    functions = Functions(client)
-    await open_index(functions, embedder, owner)
-    await rebuild_index(functions, owner)
+    await Indexes(Functions(client), embedder).complete(owner, None)
 
 
 async def _round_trip(client: Client, embedder: Embedder, settings: Settings) -> Finding:

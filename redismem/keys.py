@@ -22,6 +22,9 @@ STORE = "redismem:store"
 #: held while function libraries are loaded, so that two starters cannot downgrade each other
 FUNCTIONS_LOCK = "redismem:lock:functions"
 
+#: held by the one process that maintains the store
+MAINTENANCE_LOCK = "redismem:lock:maintain"
+
 #: hash of the processes whose L1 may answer: process id -> "", each field with a TTL
 LEASES = "redismem:leases"
 
@@ -99,6 +102,16 @@ class Owner:
         return f"redismem:idx:{{{self.tag}}}:flat:{vector_field}"
 
     @property
+    def graphs(self) -> tuple[str, str]:
+        """Vector sets with the HNSW graph of a large owner: one serves, the other is built beside it."""
+        return f"redismem:graph:{{{self.tag}}}:0", f"redismem:graph:{{{self.tag}}}:1"
+
+    @property
+    def archived(self) -> str:
+        """Ids of archived memories; the score is their quarter, 4 * year + 0 to 3."""
+        return f"redismem:archived:{{{self.tag}}}"
+
+    @property
     def ids(self) -> str:
         return f"redismem:ids:{{{self.tag}}}"
 
@@ -128,3 +141,9 @@ class Owner:
     def hits(self) -> str:
         """Access counts of hot memories."""
         return f"redismem:hits:{{{self.tag}}}"
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """KEYS of the Functions that write memories (lua/write.lua), in their order."""
+        caches = self.searches, self.hot, self.hits
+        return (self.meta, self.ids, self.log, self.turns, *caches, *self.graphs, self.archived)

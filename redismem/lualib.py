@@ -20,6 +20,7 @@ from redismem.errors import Misconfigured, RedisUnavailable, StoreError
 from redismem.keys import FUNCTIONS_LOCK
 
 _NAME = re.compile(r"\A#!lua name=(\w+)")
+_PART = re.compile(r"^-- part: (\w+)$", re.MULTILINE)
 _VERSION = re.compile(r"^-- Version: (\d+)$", re.MULTILINE)
 
 #: the lock outlives any load; a crashed loader delays the next by this much
@@ -30,7 +31,7 @@ _UNLOCK = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL'
 
 @dataclass(frozen=True)
 class Library:
-    """One file of lua/."""
+    """One file of lua/, with the parts that it shares with others put in."""
 
     name: str
     version: int
@@ -48,7 +49,11 @@ def shipped_libraries() -> tuple[Library, ...]:
     """Return the libraries of this package, from the wheel or from the source tree."""
     here = Path(__file__).parent
     folder = next(f for f in (here / "lua", here.parent / "lua") if f.is_dir())
-    return tuple(Library.parsed(path.read_text()) for path in sorted(folder.glob("*.lua")))
+    parts = {path.stem: path.read_text().rstrip() for path in (folder / "parts").glob("*.lua")}
+    return tuple(
+        Library.parsed(_PART.sub(lambda match: parts[match[1]], path.read_text()))
+        for path in sorted(folder.glob("*.lua"))
+    )
 
 
 async def loaded_versions(client: Client) -> dict[str, int]:
@@ -80,9 +85,12 @@ async def load_libraries(client: Client) -> list[str]:
     else:
         raise RedisUnavailable("another process is loading the function libraries")
     try:
-        outdated = _outdated(await loaded_versions(client))
-        for library in outdated:
-            await client.execute("FUNCTION", "LOAD", "REPLACE", library.code)
+        loaded = await loaded_versions(client)
+        # in one step, and new libraries last: a Function that moved to one must have left its old one
+        outdated = sorted(_outdated(loaded), key=lambda library: library.name not in loaded)
+        loads = [("FUNCTION", "LOAD", "REPLACE", library.code) for library in outdated]
+        if loads:
+            await client.execute_atomically(loads)
     except StoreError as exc:
         raise Misconfigured(f"Redis refused our function libraries; it needs FUNCTION LOAD: {exc}") from exc
     finally:

@@ -232,7 +232,7 @@ class MemoryModel(redis_om.HashModel, ABC):
     async def _call(cls, function: str, *arguments: Any) -> Any:
         """Return the reply of a writing Function, after giving a new user an index."""
         owner, db, now_ms = cls.owner, cls.db(), int(time.time() * 1000)
-        keys = (owner.meta, owner.ids, owner.log, owner.turns, owner.searches, owner.hot, owner.hits)
+        keys = owner.written
         command = ("FCALL", function, len(keys), *keys, owner.memory_prefix, now_ms, *arguments)
         try:
             with translated():
@@ -244,13 +244,16 @@ class MemoryModel(redis_om.HashModel, ABC):
 
     @classmethod
     async def _open_index(cls, db: Any, now_ms: int) -> None:
+        owner, field = cls.owner, VECTOR_FIELDS[0]
         embedder, dim = await db.hmget(STORE, "embedder", "dim")
         if embedder is None:
             raise Misconfigured(_NO_SERVICE)
-        owner, field = cls.owner, VECTOR_FIELDS[0]
-        keys = (owner.index, owner.physical_index(field), owner.meta)
+        known = await db.hmget(owner.meta, "embedder", "dim", "vector_field")
+        if all(known):  # its index was dropped because nobody asked for it
+            embedder, dim, field = known[0], known[1], _text(known[2])
+        keys = (owner.index, owner.physical_index(field), owner.meta, owner.ids)
         schema = index_schema(owner, field, int(dim))
-        await db.execute_command("FCALL", "rm_open_v1", 3, *keys, now_ms, embedder, dim, field, *schema)
+        await db.execute_command("FCALL", "rm_open_v1", 4, *keys, now_ms, embedder, dim, field, *schema)
 
     @classmethod
     async def _delete(cls, db: Any, *pks: str) -> int:  # noqa: ARG003  # redis-om's

@@ -15,8 +15,16 @@ from urllib.parse import quote
 
 import msgspec
 
+from redismem.filters import (
+    Filters,
+    NumberRange,
+    PartitionRange,
+    TagMatch,
+    TimeRange,
+    quarter_name,
+    quarter_number,
+)
 from redismem.keys import NO_SEPARATOR, TAG_SEPARATOR, Owner
-from redismem.types import Filters, NumberRange, TagMatch, TimeRange
 
 _ESCAPED = re.compile(r"([^0-9A-Za-z\x80-\U0010ffff])")
 
@@ -99,6 +107,8 @@ def filter_query(filters: Filters) -> str:
             parts.append(_any_of(name, [value] if isinstance(value, str) else value))
     for name in ("topics", "entities"):
         parts.extend(_tag_parts(name, getattr(filters, name)))
+    if filters.partition is not None:
+        parts.append(_any_of("partition", filtered_quarters(filters.partition)))
     for name in ("importance", "confidence", "created_at", "updated_at", "event_date"):
         bounds = getattr(filters, name)
         if bounds is not None:
@@ -108,6 +118,14 @@ def filter_query(filters: Filters) -> str:
     if filters.pinned is not None:
         parts.append(_any_of("pinned", ["1" if filters.pinned else "0"]))
     return " ".join(parts) or "*"
+
+
+def filtered_quarters(partition: str | list[str] | PartitionRange) -> list[str]:
+    """Return the quarters that a filter names."""
+    if isinstance(partition, PartitionRange):
+        first, last = quarter_number(partition.gte), quarter_number(partition.lte)
+        return [quarter_name(number) for number in range(first, last + 1)]
+    return [partition] if isinstance(partition, str) else partition
 
 
 def _tag_parts(name: str, value: str | list[str] | TagMatch | None) -> list[str]:

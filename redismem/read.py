@@ -23,10 +23,12 @@ from redismem.codec import (
     READ_FIELDS,
     asks_for_the_past,
     memory_values,
+    reached,
     search_digest,
     unit,
     vector_bytes,
 )
+from redismem.effort import EXCELLENT, GOOD, RESERVED_MS, chosen_width, is_staged
 from redismem.embed import Embedder
 from redismem.errors import (
     DeadlineExceeded,
@@ -36,21 +38,14 @@ from redismem.errors import (
     Unavailable,
     WritesRefused,
 )
+from redismem.filters import Filters
 from redismem.keys import Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, fcall
-from redismem.query import filter_query, words_query
+from redismem.query import escaped_tag, filter_query, words_query
 from redismem.queryvectors import QueryVectors
 from redismem.settings import Settings
-from redismem.types import (
-    NEVER_CACHED,
-    Filters,
-    Hit,
-    ScoreParts,
-    SearchReply,
-    SearchRequest,
-    Timing,
-)
+from redismem.types import NEVER_CACHED, Hit, Plan, ScoreParts, SearchReply, SearchRequest, Timing
 from redismem.words import query_words
 
 #: candidates of each list before fusion: this many, or this many times the limit
@@ -80,6 +75,9 @@ _LEARNING = 1 / 32
 #: one search in so many is looked up all the same
 _SAMPLE = 32
 
+#: milliseconds after the end of a budget until a search goes without Redis's answer
+_GRACE_MS = 3.0
+
 _FIELDS = " ".join(READ_FIELDS)
 
 
@@ -89,6 +87,8 @@ class Found:
 
     reply: SearchReply
     ttl_s: float = 0.0
+    #: the user's index did not hold all memories yet
+    is_filling: bool = False
 
 
 @dataclass(slots=True)
@@ -155,7 +155,7 @@ class Reader:
         for query in queries:
             self._take_known_vector(query)
         await self._look_up(owner, queries)
-        await self._embed([query for query in queries if query.found is None and query.wants_vector])
+        await self._embed([query for query in queries if query.found is None and query.wants_vector], started)
         await self._search(owner, [query for query in queries if query.found is None], started)
         found = []
         for query in queries:
@@ -191,7 +191,7 @@ class Reader:
         answers = await self._functions.send(
             [
                 fcall(
-                    "rm_recall_ro_v1",
+                    "rm_recall_ro_v2",
                     [owner.searches],
                     *(owner.memory_prefix, query.digest, query.request.min_generation, _FIELDS),
                     read=True,
@@ -207,8 +207,8 @@ class Reader:
                 self.counts["embedding hits" if query.vector else "embedding misses"] += 1
             elif raw[0] != b"MISS":
                 self.counts["search hits"] += 1
-                _, generation, total, ttl_ms, *flat = raw
-                query.found = self._found(query, generation, total, b"l2", ttl_ms, flat)
+                _, generation, total, note, ttl_ms, *flat = raw
+                query.found = self._found(query, generation, total, note, b"l2", ttl_ms, flat)
         for query in {id(query): query for query, _ in asked}.values():
             self._learn(found=bool(query.found or query.vector))
 
@@ -228,14 +228,14 @@ class Reader:
             and not query.request.explain
         )
 
-    async def _embed(self, queries: Sequence[_Query]) -> None:
+    async def _embed(self, queries: Sequence[_Query], began: float) -> None:
         """Give vectors to the queries; without an embedder they fall back to words."""
         if not queries:
             return
         started = time.perf_counter()
-        budgets = [query.request.max_ms for query in queries if query.request.max_ms]
+        left_ms = _least_left_ms(queries, began)
         try:
-            async with asyncio.timeout(min(budgets) / 1000 if budgets else None):
+            async with asyncio.timeout(None if left_ms is None else (left_ms - RESERVED_MS) / 1000):
                 vectors = await self._vectors.made([query.text for query in queries])
         except TimeoutError as exc:
             if any(query.mode == "semantic" for query in queries):
@@ -259,31 +259,40 @@ class Reader:
             return
         sent = time.perf_counter()
         arguments = [self._arguments(owner, query, started) for query in queries]
+        options = [self._options(query) for query in queries]
+        read, rest = [owner.index, owner.meta, owner.turns], [owner.hot, *owner.graphs]
         plain = [
-            fcall("rm_search_ro_v1", [owner.index, owner.meta, owner.turns], *args, read=True)
-            for args in arguments
+            fcall("rm_search_ro_v1", [*read, *rest], *args, *more, read=True)
+            for args, more in zip(arguments, options, strict=True)
         ]
         keeping = [
             fcall(
                 "rm_search_v1",
-                [owner.index, owner.meta, owner.turns, owner.searches],
+                [*read, owner.searches, *rest],
                 *(*args, query.digest, self._ttl_ms(query), self._settings.l2_searches),
-                query.request.min_generation,
+                *(query.request.min_generation, *more),
             )
             if self._may_be_kept(query)
             else command
-            for query, args, command in zip(queries, arguments, plain, strict=True)
+            for query, args, more, command in zip(queries, arguments, options, plain, strict=True)
         ]
         vectors = [
             self._vectors.store(query.text, query.vector)
             for query in queries
             if query.is_new and self._settings.l2_searches
         ]
+        left_ms = _least_left_ms(queries, started)
         try:
-            replies = await self._functions.send([*keeping, *vectors])
-        except WritesRefused:  # a cache that cannot be filled is no failure
-            keeping = plain
-            replies = await self._functions.send(plain)
+            async with asyncio.timeout(None if left_ms is None else (left_ms + _GRACE_MS) / 1000):
+                try:
+                    replies = await self._functions.send([*keeping, *vectors])
+                except WritesRefused:  # a cache that cannot be filled is no failure
+                    keeping = plain
+                    replies = await self._functions.send(plain)
+        except TimeoutError:
+            for query in queries:
+                query.found = _unanswered()
+            return
         took_ms = _ms(time.perf_counter() - sent)
         for query, raw, command in zip(queries, replies, keeping, strict=False):
             query.found = self._read(query, raw, kept=command[0] == "FCALL")
@@ -291,8 +300,7 @@ class Reader:
             if reply.served_by == "l2" and query.is_new:
                 self._learn(found=True)  # it was embedded in vain
             if not reply.partial and reply.served_by == "l3" and took_ms >= query.timeout_ms:
-                reply.partial, reply.reason = True, "the time budget ended during the search"
-                query.found.ttl_s = 0
+                reply.partial, reply.reason, query.found.ttl_s = True, _OUT_OF_TIME, 0
 
     def _may_be_kept(self, query: _Query) -> bool:
         return self._settings.l2_searches > 0 and query.reason is None and not query.request.explain
@@ -317,6 +325,15 @@ class Reader:
             *(repr(self._clock()), int(request.explain), _FIELDS),
         ]
 
+    def _options(self, query: _Query) -> list[Argument]:
+        request = query.request
+        goal = GOOD if request.min_similarity is None else request.min_similarity
+        return [
+            *(chosen_width(request), int(is_staged(request))),
+            *("" if request.min_results is None else request.min_results, goal, EXCELLENT),
+            "" if request.session_id is None else escaped_tag(request.session_id),
+        ]
+
     def _read(self, query: _Query, raw: list[Any], *, kept: bool) -> Found:
         if raw[0] == b"NOINDEX":
             raise IndexMissing("this user's index is missing; run `redismem doctor --repair`")
@@ -325,27 +342,77 @@ class Reader:
         if kept:
             served_by, ttl_ms, *flat = flat  # 0: it may have been cut off, which RediSearch does not tell
             self.counts["search hits" if served_by == b"l2" else "search misses"] += 1
-        if note == b"EMBEDDER":
-            if query.mode == "semantic":
-                raise EmbedderMismatch("this user's vectors are of another embedder; run `redismem reembed`")
-            query.reason = "this user's vectors are of another embedder (run `redismem reembed`): words only"
-        return self._found(query, generation, total, served_by, ttl_ms, flat)
+        return self._found(query, generation, total, note, served_by, ttl_ms, flat)
 
     def _found(
-        self, query: _Query, generation: bytes, total: int, served_by: bytes, ttl_ms: int, flat: list[Any]
+        self,
+        query: _Query,
+        generation: bytes,
+        total: int,
+        note: bytes,
+        served_by: bytes,
+        ttl_ms: int,
+        flat: list[Any],
     ) -> Found:
+        request, notes = query.request, _notes(note)
+        reason, skipped = query.reason, notes.get("CUT", [])
+        if "EMBEDDER" in notes:
+            if query.mode == "semantic":
+                raise EmbedderMismatch("this user's vectors are of another embedder; run `redismem reembed`")
+            reason = "this user's vectors are of another embedder (run `redismem reembed`): words only"
+        elif "FILLING" in notes:
+            reason = reason or "this user's index is being rebuilt: not all memories were searched"
+        elif skipped:
+            reason = reason or _OUT_OF_TIME
         reply = SearchReply(
             memories=[_hit(*flat[i : i + 4]) for i in range(0, len(flat), 4)],
             total=int(total),
             generation=int(generation),
-            partial=query.reason is not None,
-            reason=query.reason,
+            partial=reason is not None,
+            reason=reason,
+            skipped=["index"] if "EARLY" in notes else skipped,
+            archived=reached(request.filters, notes.get("ARCHIVED", [])),
+            plan=_plan(request, by_graph="HNSW" in notes) if request.explain else None,
             served_by="l2" if served_by == b"l2" else "l3",
             timing=Timing(embed=0, search=0, total=0),
         )
-        if query.reason is not None or query.request.explain or not reply.memories:
-            return Found(reply)
-        return Found(reply, ttl_ms / 1000)
+        is_kept = not (reply.partial or reply.skipped or request.explain) and reply.memories
+        return Found(reply, ttl_ms / 1000 if is_kept else 0.0, is_filling="FILLING" in notes)
+
+
+_OUT_OF_TIME = "the time budget ended during the search"
+
+
+def _notes(raw: bytes) -> dict[str, list[str]]:
+    """Return the words of a note of lua/read.lua with what follows each."""
+    words = (word.partition(":") for word in raw.decode().split())
+    return {name: rest.split(",") if rest else [] for name, _, rest in words}
+
+
+def _plan(request: SearchRequest, *, by_graph: bool) -> Plan:
+    ef = chosen_width(request) if by_graph else None
+    return Plan(index="hnsw" if by_graph else "flat", ef=ef, staged=is_staged(request))
+
+
+def _unanswered() -> Found:
+    """Return what there is when the budget ended before Redis answered: nothing, and it says so."""
+    reply = SearchReply(
+        memories=[],
+        total=0,
+        generation=0,
+        partial=True,
+        reason="the time budget ended before Redis answered",
+        skipped=["index", "words", "total"],
+        served_by="l3",
+        timing=Timing(embed=0, search=0, total=0),
+    )
+    return Found(reply)
+
+
+def _least_left_ms(queries: Sequence[_Query], began: float) -> float | None:
+    """Return the milliseconds left of the smallest budget; None when no query has one."""
+    budgets = [query.request.max_ms for query in queries if query.request.max_ms]
+    return min(budgets) - _ms(time.perf_counter() - began) if budgets else None
 
 
 def _fall_back(queries: Sequence[_Query], reason: str) -> None:

@@ -15,6 +15,8 @@ from redismem.coherence import Coherence
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import EmbedderMismatch, InvalidInput
+from redismem.graph import Graphs
+from redismem.index import Indexes
 from redismem.keys import Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, load_libraries
@@ -35,6 +37,8 @@ class Service:
     client: Client
     functions: Functions
     embedder: Embedder
+    indexes: Indexes
+    graphs: Graphs
     backfill: Backfill
     reader: Reader
     browser: Browser
@@ -105,6 +109,8 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
     """Put the parts of a service together on a checked store whose Functions are loaded."""
     async with AsyncExitStack() as stack:
         functions = Functions(client)
+        indexes = Indexes(functions, embedder)
+        stack.push_async_callback(indexes.close)
         backfill = Backfill(functions, embedder)
         stack.push_async_callback(backfill.close)
         l1 = L1(max_entries=settings.l1_entries, max_bytes=settings.l1_bytes)
@@ -115,14 +121,16 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         stack.push_async_callback(touches.close)
         browser = Browser(functions)
         reader = Reader(functions, embedder, l1, settings)
-        writer = Writer(functions, embedder, backfill, coherence, log_length=settings.log_length)
-        tiers = Tiers(functions, embedder, reader, browser, l1, coherence, touches, settings)
+        writer = Writer(functions, embedder, backfill, indexes, coherence, log_length=settings.log_length)
+        tiers = Tiers(indexes, embedder, reader, browser, l1, coherence, touches, settings)
         stack.push_async_callback(tiers.close)
         yield Service(
             settings=settings,
             client=client,
             functions=functions,
             embedder=embedder,
+            indexes=indexes,
+            graphs=Graphs(functions),
             backfill=backfill,
             reader=reader,
             browser=browser,

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 
 from redismem.errors import Misconfigured
 
+HnswProfile = Literal["production", "high_recall", "low_latency"]
+
 EmbedderName = Literal["minilm", "sentence-transformers", "openai", "deterministic"]
 
 #: the longest lease of any process of a fleet: what a strong write waits when one of them is silent
@@ -89,6 +91,21 @@ class Settings:
     #: processes acknowledged meanwhile is then not seen
     stale_if_error: bool = False
 
+    #: memories from which a user gets an HNSW graph beside the exact index; below four fifths it goes again
+    hnsw_threshold: int = 10_000
+    #: parameters of new graphs; a user's own are set by `redismem index rebuild`
+    hnsw_profile: HnswProfile = "production"
+    #: days without a read or write after which a user's index may be dropped (its memories stay); 0: never
+    idle_index_days: float = 0.0
+    #: directory or fsspec URL (s3://bucket/path …) that quarters are archived to; empty: no archive
+    archive_url: str = field(default="", repr=False)
+    #: quarters before the current one that stay in Redis when there is an archive
+    archive_after_quarters: int = 8
+    #: seconds between two rounds of maintenance in `serve`; 0: none, `redismem index maintain` does it
+    maintain_every_s: float = 60.0
+    #: users, the most recently active first, whose indexes and hot memories are warm before `serve` is ready
+    warm_users: int = 100
+
     #: bytes of a request body; larger ones are refused with 413
     max_body_bytes: int = 1024 * 1024
     #: events kept per owner, about 100 bytes each
@@ -99,6 +116,8 @@ class Settings:
             raise _wrong("redis_url", f"must start with one of {', '.join(_REDIS_SCHEMES)}")
         if self.embedder not in get_args(EmbedderName):
             raise _wrong("embedder", f"must be one of {', '.join(get_args(EmbedderName))}")
+        if self.hnsw_profile not in get_args(HnswProfile):
+            raise _wrong("hnsw_profile", f"must be one of {', '.join(get_args(HnswProfile))}")
         if self.embedder == "deterministic" and not self.testing:
             raise _wrong(
                 "embedder",
@@ -152,6 +171,11 @@ _RANGES = (
     ("hot_capacity", 1, 10_000),
     ("hot_ttl_s", 1, 30 * 86_400),
     ("lease_s", 0.2, MAX_LEASE_S),
+    ("hnsw_threshold", 100, 100_000_000),
+    ("idle_index_days", 0, 36_500),
+    ("archive_after_quarters", 1, 4_000),
+    ("maintain_every_s", 0, 86_400),
+    ("warm_users", 0, 100_000),
     ("max_body_bytes", 1024, 1024**3),
     ("log_length", 1, 10_000_000),
 )

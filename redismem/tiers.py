@@ -23,15 +23,15 @@ from redismem.codec import search_digest
 from redismem.coherence import Coherence
 from redismem.embed import Embedder
 from redismem.errors import IndexMissing, RedisMemError, RedisUnavailable
+from redismem.filters import Filters
 from redismem.flight import Abandoned, Flight
-from redismem.index import open_index, rebuild_index
+from redismem.index import Indexes
 from redismem.keys import Owner
 from redismem.l1 import L1, Entry, Kind, Ticket
-from redismem.lualib import Functions
 from redismem.read import Found, Reader
 from redismem.settings import Settings
 from redismem.touches import Touches
-from redismem.types import Filters, ListReply, SearchReply, SearchRequest
+from redismem.types import ListReply, SearchReply, SearchRequest
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,9 @@ _REQUEST_BYTES = 600
 
 #: searches computed again after a correction dropped them, the most used first
 REWARMED = 8
+
+#: seconds a read waits for an index that is being filled (10,000 memories); then it answers in part
+PATIENCE_S = 0.15
 
 _encode = msgspec.json.encode
 _SERVED = b',"served_by":'
@@ -82,7 +85,7 @@ class Tiers:
 
     def __init__(
         self,
-        functions: Functions,
+        indexes: Indexes,
         embedder: Embedder,
         reader: Reader,
         browser: Browser,
@@ -91,7 +94,7 @@ class Tiers:
         touches: Touches,
         settings: Settings,
     ) -> None:
-        self._functions = functions
+        self._indexes = indexes
         self._reader = reader
         self._browser = browser
         self._l1 = l1
@@ -168,7 +171,13 @@ class Tiers:
         return [found.reply for found in await self._found(owner, requests)]
 
     async def _found(self, owner: Owner, requests: Sequence[SearchRequest]) -> list[Found]:
-        return await self._repaired(owner, lambda: self._reader.search_each(owner, requests))
+        async def search() -> list[Found]:
+            return await self._reader.search_each(owner, requests)
+
+        found = await self._repaired(owner, search, requests)
+        if not any(one.is_filling for one in found):
+            return found
+        return await search() if await self._indexes.complete(owner, _patience_s(requests)) else found
 
     def _fresh(self, found: Found) -> _Fresh:
         body = _encode(found.reply)
@@ -291,13 +300,14 @@ class Tiers:
                 origin=origin,
             )
 
-    async def _repaired(self, owner: Owner, read: Callable[[], Awaitable[T]]) -> T:
-        """Return what `read` returns; an index that was dropped by hand is built again first."""
+    async def _repaired(
+        self, owner: Owner, read: Callable[[], Awaitable[T]], requests: Sequence[SearchRequest] = ()
+    ) -> T:
+        """Return what `read` returns; an index that was dropped is made, and filled if that is soon done."""
         try:
             return await read()
         except IndexMissing:
-            await open_index(self._functions, self._embedder, owner)
-            await rebuild_index(self._functions, owner)
+            await self._indexes.complete(owner, _patience_s(requests))
             return await read()
 
     def _rewarm(self, held: list[Entry]) -> None:
@@ -327,6 +337,12 @@ class Tiers:
         for task in self._rewarming:
             task.cancel()
         await asyncio.gather(*self._rewarming, return_exceptions=True)
+
+
+def _patience_s(requests: Sequence[SearchRequest]) -> float:
+    """Return how long a read waits for an index that is being filled."""
+    budgets = [request.max_ms for request in requests if request.max_ms]
+    return min([PATIENCE_S, *(budget / 4000 for budget in budgets)])
 
 
 def _bytes(entry: Entry) -> bytes:

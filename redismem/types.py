@@ -7,26 +7,28 @@ constraint written here is checked, documented and tested at once. A wrong value
 
 from __future__ import annotations
 
-import math
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-MAX_TEXT_BYTES = 32 * 1024
-MAX_METADATA_BYTES = 16 * 1024
-MAX_METADATA_LEVELS = 32
+from redismem.fields import (
+    MAX_TEXT_BYTES,
+    MemoryType,
+    Metadata,
+    Name,
+    Names,
+    Share,
+    checked_metadata,
+    checked_moment,
+    checked_name,
+    checked_names,
+    checked_text,
+)
+from redismem.filters import Filters
+
 MAX_BATCH_MEMORIES = 500
 MAX_BATCH_QUERIES = 50
-
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
-Names = Annotated[list[Name], Meta(max_length=100)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-MemoryType = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,63}\Z")]
-MemoryTypes = Annotated[list[MemoryType], Meta(min_length=1, max_length=100)]
-AnyOf = Annotated[list[Name], Meta(min_length=1, max_length=100)]
-Scalar = str | int | float | bool | None
-Metadata = dict[str, Any]
 
 #: magnitude of the largest number of a vector; inside it no length overflows or vanishes
 MIN_NUMBER, MAX_NUMBER = 1e-6, 1e6
@@ -38,64 +40,6 @@ Consistency = Literal["eventual", "session", "strong"]
 NEVER_CACHED = 2**53
 
 PutOutcome = Literal["CREATED", "UPDATED", "UNCHANGED", "INVALID"]
-
-
-def checked_name(value: str, what: str) -> str:
-    """Return `value` stripped.
-
-    Raises:
-        ValueError: it is empty, longer than 256 characters, or holds a control character.
-    """
-    value = value.strip()
-    if not value or len(value) > 256:
-        raise ValueError(f"`{what}` must have 1 to 256 characters")
-    if any(ord(char) < 32 or ord(char) == 127 for char in value):
-        raise ValueError(f"`{what}` must not hold control characters")
-    return value
-
-
-def checked_text(value: str, what: str = "text") -> str:
-    """Return `value` unchanged.
-
-    Raises:
-        ValueError: it is blank, holds NUL, or exceeds 32 KiB of UTF-8.
-    """
-    if not value.strip():
-        raise ValueError(f"`{what}` must not be blank")
-    if "\0" in value:
-        raise ValueError(f"`{what}` must not hold NUL characters")
-    if len(value) > MAX_TEXT_BYTES or len(value.encode()) > MAX_TEXT_BYTES:
-        raise ValueError(f"`{what}` is longer than {MAX_TEXT_BYTES} bytes; split it")
-    return value
-
-
-def checked_moment(value: datetime, what: str) -> None:
-    """Check that a time has a year from 1 to 9999 in UTC as well.
-
-    Raises:
-        ValueError: it has not, so it could be stored but not shown.
-    """
-    try:
-        value.astimezone(UTC)
-    except (ValueError, OverflowError) as exc:
-        raise ValueError(f"`{what}` must lie in the years 1 to 9999 of UTC") from exc
-
-
-def checked_metadata(value: object, levels: int = MAX_METADATA_LEVELS) -> None:
-    """Check that metadata is not nested too deeply to be written and read everywhere.
-
-    Raises:
-        ValueError: it has more than 32 levels.
-    """
-    if levels < 0:
-        raise ValueError(f"`metadata` is nested deeper than {MAX_METADATA_LEVELS} levels")
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            checked_metadata(part, levels - 1)
-
-
-def _checked_names(values: list[str], what: str) -> list[str]:
-    return list(dict.fromkeys(checked_name(value, what) for value in values))
 
 
 class MemoryInput(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -123,8 +67,8 @@ class MemoryInput(Struct, forbid_unknown_fields=True, kw_only=True, omit_default
             self.id = checked_name(self.id, "id")
         if self.session_id is not None:
             self.session_id = checked_name(self.session_id, "session_id")
-        self.topics = _checked_names(self.topics, "topics")
-        self.entities = _checked_names(self.entities, "entities")
+        self.topics = checked_names(self.topics, "topics")
+        self.entities = checked_names(self.entities, "entities")
         checked_metadata(self.metadata)
         if self.event_date is not None:
             checked_moment(self.event_date, "event_date")
@@ -213,97 +157,17 @@ class Hit(Memory, kw_only=True, omit_defaults=True):
     explain: ScoreParts | None = None
 
 
-class TagMatch(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Values of a multi-valued field: at least one of `any`, each of `all`, none of `none`."""
-
-    any: Names = field(default_factory=list)
-    all: Names = field(default_factory=list)
-    none: Names = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.any = _checked_names(self.any, "any")
-        self.all = _checked_names(self.all, "all")
-        self.none = _checked_names(self.none, "none")
-        if not (self.any or self.all or self.none):
-            raise ValueError("a tag filter needs `any`, `all` or `none`")
-
-
-class NumberRange(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """At least one bound of a number; `gt` or `gte`, `lt` or `lte`."""
-
-    gt: float | None = None
-    gte: float | None = None
-    lt: float | None = None
-    lte: float | None = None
-
-    def __post_init__(self) -> None:
-        _checked_bounds(self)
-
-
-class TimeRange(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """At least one bound in time, RFC 3339 (without zone: UTC); `gt` or `gte`, `lt` or `lte`."""
-
-    gt: datetime | None = None
-    gte: datetime | None = None
-    lt: datetime | None = None
-    lte: datetime | None = None
-
-    def __post_init__(self) -> None:
-        _checked_bounds(self)
-
-
-def _checked_bounds(bounds: NumberRange | TimeRange) -> None:
-    given = [name for name in ("gt", "gte", "lt", "lte") if getattr(bounds, name) is not None]
-    if not given:
-        raise ValueError("a range needs at least one of `gt`, `gte`, `lt`, `lte`")
-    for name in given:
-        value = getattr(bounds, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"`{name}` must be a finite number")
-    if {"gt", "gte"} <= set(given) or {"lt", "lte"} <= set(given):
-        raise ValueError("give `gt` or `gte`, `lt` or `lte`, not both")
-
-
-TagFilter = Name | AnyOf | TagMatch
-
-
-class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Conditions that all hold. A list of names means any of them.
-
-    `metadata` compares top-level scalar values for equality. `superseded` hides memories that a
-    correction replaced unless it says otherwise.
-    """
-
-    memory_type: MemoryType | MemoryTypes | None = None
-    topics: TagFilter | None = None
-    entities: TagFilter | None = None
-    session_id: Name | AnyOf | None = None
-    importance: NumberRange | None = None
-    confidence: NumberRange | None = None
-    created_at: TimeRange | None = None
-    updated_at: TimeRange | None = None
-    event_date: TimeRange | None = None
-    metadata: Annotated[dict[str, Scalar], Meta(max_length=20)] | None = None
-    pinned: bool | None = None
-    superseded: Literal["exclude", "include", "only"] = "exclude"
-
-    def __post_init__(self) -> None:
-        for name in ("topics", "entities", "session_id"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, checked_name(value, name))
-            elif isinstance(value, list):
-                setattr(self, name, _checked_names(value, name))
-
-
 class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to look for. Give `text`, or a `vector` of the store's dimension for semantic search.
 
-    `max_ms` bounds the search (in a batch the smallest one); what it cut off is told by `partial`.
-    `min_similarity` is a bound on the cosine: it drops hits whose vector is farther. `query_type` chooses
-    the search width of an approximate index; exact indexes ignore it. `consistency`: eventual may miss
-    memories of the last 60 s; `min_version` (session) sees the write that returned that generation; strong
-    sees every acknowledged write. Deleted and corrected memories are never returned.
+    `max_ms` bounds the search (in a batch the smallest one); what it cut off is told by `partial` and
+    `skipped`. `min_similarity` is a bound on the cosine: it drops hits whose vector is farther. With
+    `min_results`, what was used lately and the turns of `session_id` are looked at first, and the search ends
+    there when so many are good (a cosine of `min_similarity`, 0.85 by default) and one is excellent (above
+    0.9). `query_type` or `ef` choose the search width for users with an HNSW graph; exact searches ignore it.
+    `consistency`: eventual may miss memories of the last 60 s; `min_version` (session) sees the write that
+    returned that generation; strong sees every acknowledged write. Deleted and corrected memories are never
+    returned.
     """
 
     text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_BYTES)] | None = None
@@ -311,9 +175,12 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     limit: Annotated[int, Meta(ge=1, le=100)] = 10
     search_mode: SearchMode = "hybrid"
     query_type: QueryType = "primary"
+    ef: Annotated[int, Meta(ge=10, le=4096)] | None = None
     filters: Filters = field(default_factory=Filters)
     max_ms: Annotated[int, Meta(ge=1, le=60_000)] | None = None
     min_similarity: Annotated[float, Meta(ge=-1, le=1)] | None = None
+    min_results: Annotated[int, Meta(ge=1, le=100)] | None = None
+    session_id: Name | None = None
     recency_weight: Share = 0.0
     recency_half_life_days: Annotated[float, Meta(gt=0, le=36_500)] = 30.0
     importance_weight: Share = 0.0
@@ -332,6 +199,10 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
             raise ValueError(f"`text` is required for search_mode {self.search_mode}")
         if self.search_mode == "keyword" and self.min_similarity is not None:
             raise ValueError("`min_similarity` needs vectors: use search_mode hybrid or semantic")
+        if self.search_mode == "keyword" and self.min_results is not None:
+            raise ValueError("`min_results` needs vectors: use search_mode hybrid or semantic")
+        if self.session_id is not None:
+            self.session_id = checked_name(self.session_id, "session_id")
         if self.recency_weight + self.importance_weight > 1:
             raise ValueError("`recency_weight` and `importance_weight` add up to more than 1")
 
@@ -356,13 +227,24 @@ class Timing(Struct, kw_only=True):
     total: float
 
 
+class Plan(Struct, kw_only=True, omit_defaults=True):
+    """How a search went about it: exactly (flat), or by the user's graph (hnsw) with width `ef`."""
+
+    index: Literal["flat", "hnsw"]
+    ef: int | None = None
+    #: the hot set and the session were looked at first
+    staged: bool = False
+
+
 class SearchReply(Struct, kw_only=True, omit_defaults=True):
     """Best memories first.
 
     `total` counts every memory that matches the filters (keyword mode: the words as well), not only
     those returned. `generation` is that of the owner when the search was made. `partial` with `reason`:
-    part of the search was left out. `served_by`: this process's cache (l1), the one in Redis (l2), or the
-    index (l3). `stale`: Redis is away, and this is what was true before.
+    part of the search was left out; `skipped` names the parts of index, words, total that were, also where
+    `min_results` ended it. `archived`: quarters it reaches into whose memories are not in Redis (see
+    `redismem archive restore`). `plan` is shown with `explain`. `served_by`: this process's cache (l1), the
+    one in Redis (l2), or the index (l3). `stale`: Redis is away, and this is what was true before.
     """
 
     memories: list[Hit]
@@ -370,6 +252,9 @@ class SearchReply(Struct, kw_only=True, omit_defaults=True):
     generation: int
     partial: bool
     reason: str | None = None
+    skipped: list[str] = field(default_factory=list)
+    archived: list[str] = field(default_factory=list)
+    plan: Plan | None = None
     # last: a cached reply is everything before
     served_by: Literal["l1", "l2", "l3"]
     timing: Timing
@@ -395,7 +280,7 @@ class CorrectionRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     memory: MemoryInput
 
     def __post_init__(self) -> None:
-        self.ids = _checked_names(self.ids, "ids")
+        self.ids = checked_names(self.ids, "ids")
         if self.memory.id in self.ids:
             raise ValueError("`memory.id` must not be one of `ids`; use PATCH to change in place")
 
@@ -478,7 +363,7 @@ class ImportRecord(MemoryInput, kw_only=True, omit_defaults=True):
                 checked_moment(moment, name)
         if self.superseded_by is not None:
             self.superseded_by = checked_name(self.superseded_by, "superseded_by")
-        self.sources = _checked_names(self.sources, "sources")
+        self.sources = checked_names(self.sources, "sources")
 
 
 class StatsReply(Struct, kw_only=True):

@@ -26,7 +26,7 @@ from redismem.codec import (
 from redismem.coherence import Coherence
 from redismem.embed import Embedder
 from redismem.errors import Conflict, InvalidInput, NotFound, StoreError, Unavailable, VersionMismatch
-from redismem.index import open_index
+from redismem.index import Indexes
 from redismem.keys import VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
 from redismem.query import epoch, packed_tags
@@ -103,6 +103,7 @@ class Writer:
         functions: Functions,
         embedder: Embedder,
         backfill: Backfill,
+        indexes: Indexes,
         coherence: Coherence,
         *,
         log_length: int,
@@ -111,6 +112,7 @@ class Writer:
         self._functions = functions
         self._embedder = embedder
         self._backfill = backfill
+        self._indexes = indexes
         self._coherence = coherence
         self._browser = Browser(functions)
         self._log_length = log_length
@@ -238,14 +240,13 @@ class Writer:
         self, owner: Owner, function: str, *arguments: Argument, now_ms: int | None = None
     ) -> Any:
         """Return the reply of a writing Function, after giving a new owner an index."""
-        keys = [owner.meta, owner.ids, owner.log, owner.turns, owner.searches, owner.hot, owner.hits]
         now_ms = int(self._clock() * 1000) if now_ms is None else now_ms
         head: tuple[Argument, ...] = (owner.memory_prefix, now_ms, self._embedder.name, self._embedder.dim)
         for _ in range(3):  # a concurrent forget may remove the index again
-            reply = await self._functions.call(function, keys, *head, self._log_length, *arguments)
+            reply = await self._functions.call(function, owner.written, *head, self._log_length, *arguments)
             if reply[0] != b"NOINDEX":
                 return reply
-            await open_index(self._functions, self._embedder, owner)
+            await self._indexes.open(owner)
         raise StoreError(
             "the index of this user disappears as soon as it is made; is another process forgetting it?"
         )
@@ -313,7 +314,7 @@ class Writer:
         """
         reply = await self._functions.call(
             "rm_delete_v1",
-            [owner.meta, owner.ids, owner.log, owner.turns, owner.searches, owner.hot, owner.hits],
+            owner.written,
             *(owner.memory_prefix, int(self._clock() * 1000), self._log_length, memory_id),
         )
         _, generation, stale, outcomes = reply
@@ -386,10 +387,7 @@ class Writer:
         while True:
             reply = await self._functions.call(
                 "rm_forget_v1",
-                [
-                    *(owner.index, owner.meta, owner.ids, owner.log, owner.turns),
-                    *(owner.searches, owner.hot, owner.hits),
-                ],
+                [owner.index, *owner.written],
                 *(owner.memory_prefix, FORGET_SLICE),
                 *(owner.physical_index(field) for field in VECTOR_FIELDS),
             )

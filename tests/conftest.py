@@ -27,9 +27,10 @@ hypothesis.settings.load_profile("redismem")
 #: every key the store may hold: pattern -> whether it may live without a TTL
 SCHEMA = {
     r"redismem:memory:\{[^{}]+\}:.+": True,
-    r"redismem:(ids|meta|log|turns):\{[^{}]+\}": True,
+    r"redismem:(ids|meta|log|turns|archived):\{[^{}]+\}": True,
+    r"redismem:graph:\{[^{}]+\}:[01]": True,
     r"redismem:store": True,
-    r"redismem:lock:functions": False,
+    r"redismem:lock:(functions|maintain)": False,
     r"redismem:(hot|hits):\{[^{}]+\}": False,
     r"redismem:embed:[^:]+:[0-9a-f]+": False,
 }

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from redismem import doctor
 from redismem.cli import main
 from redismem.doctor import Finding, examine
-from redismem.index import open_index
 from redismem.keys import Owner
 from redismem.lualib import load_libraries, shipped_libraries
 from redismem.query import index_schema
@@ -93,7 +92,7 @@ async def test_memories_missing_from_an_index_are_found_and_repaired(
 ) -> None:
     await store(service, owner)
     await service.client.execute("FT.DROPINDEX", owner.index)
-    await open_index(service.functions, service.embedder, owner)
+    await service.indexes.open(owner)
     await assert_repaired(service, owner, settings, "0 of 3 memories are indexed")
 
 

@@ -9,22 +9,25 @@ PACKAGE = Path(__file__).parent.parent / "redismem"
 
 #: a module imports only modules of lower rank (a package counts as one module)
 RANKS = {
-    "types": 0,
+    "fields": 0,
     "errors": 0,
     "circuit": 0,
     "flight": 0,
     "l1": 0,
     "rules": 0,
+    "filters": 1,
     "settings": 1,
     "keys": 1,
     "words": 1,
-    "progress": 1,
-    "query": 2,
+    "types": 2,
     "lane": 2,
     "embed": 2,
     "embedded": 2,
-    "codec": 3,
+    "query": 3,
+    "effort": 3,
+    "progress": 3,
     "client": 3,
+    "codec": 4,
     "lualib": 4,
     "coherence": 4,
     "vectors": 5,
@@ -33,6 +36,7 @@ RANKS = {
     "queryvectors": 5,
     "index": 5,
     "backfill": 6,
+    "graph": 6,
     "read": 6,
     "browse": 6,
     "write": 7,
@@ -48,7 +52,21 @@ RANKS = {
     "__main__": 13,
 }
 
-PURE = ("types", "errors", "circuit", "l1", "rules", "settings", "keys", "words", "query", "codec")
+PURE = (
+    "fields",
+    "filters",
+    "types",
+    "errors",
+    "circuit",
+    "l1",
+    "rules",
+    "settings",
+    "keys",
+    "words",
+    "query",
+    "codec",
+    "effort",
+)
 IMPURE_LIBRARIES = {"redis", "redis_om", "aredis_om", "starlette", "uvicorn", "asyncio", "httpx"}
 
 MAX_LINES = 500

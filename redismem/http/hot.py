@@ -13,11 +13,12 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redismem.errors import RedisMemError
+from redismem.fields import checked_name
 from redismem.http.wire import GENERATION_HEADER, STALE_HEADER, failure_response, request_id_of
 from redismem.keys import Owner
 from redismem.service import Service
 from redismem.tiers import Answer
-from redismem.types import SearchRequest, checked_name
+from redismem.types import SearchRequest
 
 _USERS = b"/v1/users/"
 _SEARCH = b"/search"

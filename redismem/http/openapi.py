@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 
 from redismem import errors
+from redismem.fields import MAX_TEXT_BYTES
 from redismem.http.routes import Health
 from redismem.http.table import Operation
-from redismem.types import MAX_BATCH_MEMORIES, MAX_TEXT_BYTES, BatchReply, Memory
+from redismem.types import MAX_BATCH_MEMORIES, BatchReply, Memory
 
 Schema = dict[str, Any]
 

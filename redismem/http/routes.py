@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from redismem.errors import InvalidInput, RedisMemError, Unavailable
+from redismem.fields import checked_name
+from redismem.filters import Filters
 from redismem.http.wire import (
     answer_response,
     converted,
@@ -29,7 +31,6 @@ from redismem.types import (
     BatchRequest,
     Consistency,
     CorrectionRequest,
-    Filters,
     ImportRecord,
     ImportReply,
     Memory,
@@ -37,7 +38,6 @@ from redismem.types import (
     MemoryPatch,
     PutItem,
     SearchRequest,
-    checked_name,
     min_generation,
 )
 

@@ -13,18 +13,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from redismem.errors import NotFound
+from redismem.fields import checked_name
+from redismem.filters import Filters, TagMatch
 from redismem.keys import Owner
 from redismem.service import Service
-from redismem.types import (
-    CorrectionRequest,
-    Filters,
-    MemoryInput,
-    MemoryPatch,
-    SearchMode,
-    SearchRequest,
-    TagMatch,
-    checked_name,
-)
+from redismem.types import CorrectionRequest, MemoryInput, MemoryPatch, SearchMode, SearchRequest
 from tests.conftest import lasting_keys
 
 MODES: tuple[SearchMode, ...] = get_args(SearchMode)

@@ -433,8 +433,9 @@ async def test_the_server_does_what_the_model_says(service: Service, seed: int) 
 async def test_a_server_without_search_does_what_the_model_says(seed: int) -> None:
     """Fakeredis: another interpreter of Lua, another Redis, the same contract."""
     server = fakeredis.FakeRedis(server_type="redis", version=(7, 4))
-    library = next(one for one in shipped_libraries() if one.name == "redismem_write")
-    server.execute_command("FUNCTION", "LOAD", library.code)
+    for library in shipped_libraries():
+        if library.name in ("redismem_write", "redismem_owner"):
+            server.execute_command("FUNCTION", "LOAD", library.code)
 
     async def execute(*command: Argument) -> Any:
         reply = server.execute_command(*command)

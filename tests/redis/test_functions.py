@@ -13,11 +13,12 @@ import pytest
 from redismem import lualib
 from redismem.client import Argument
 from redismem.errors import StoreError
+from redismem.filters import Filters
 from redismem.keys import Owner
 from redismem.lualib import Library, load_libraries, loaded_versions, shipped_libraries
 from redismem.query import index_schema
 from redismem.service import Service
-from redismem.types import CorrectionRequest, Filters, MemoryInput, MemoryPatch, SearchRequest
+from redismem.types import CorrectionRequest, MemoryInput, MemoryPatch, SearchRequest
 from redismem.write import record_arguments
 from tests.conftest import lasting_keys
 

@@ -14,12 +14,13 @@ from aredis_om.model.model import model_registry
 from redis.asyncio import Redis
 
 from redismem.errors import InvalidInput, Misconfigured, NotFound, VersionMismatch
+from redismem.filters import Filters
 from redismem.keys import STORE, Owner
 from redismem.lualib import load_libraries
 from redismem.om import memory_model
 from redismem.reembed import Reembedder
 from redismem.service import Service
-from redismem.types import CorrectionRequest, Filters, Memory, MemoryInput, MemoryPatch, SearchRequest
+from redismem.types import CorrectionRequest, Memory, MemoryInput, MemoryPatch, SearchRequest
 from tests.conftest import lasting_keys
 
 #: values a TAG field could mix up

@@ -12,20 +12,17 @@ import msgspec
 import pytest
 
 from redismem.errors import InvalidInput, NotFound
+from redismem.filters import Filters, NumberRange, TagMatch, TimeRange
 from redismem.keys import Owner
 from redismem.service import Service
 from redismem.types import (
     CorrectionRequest,
-    Filters,
     ImportRecord,
     Memory,
     MemoryInput,
     MemoryPatch,
-    NumberRange,
     SearchMode,
     SearchRequest,
-    TagMatch,
-    TimeRange,
 )
 
 MODES: tuple[SearchMode, ...] = get_args(SearchMode)

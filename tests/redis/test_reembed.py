@@ -13,11 +13,12 @@ from redismem.codec import vector_bytes
 from redismem.embed import Vectors
 from redismem.embed.deterministic import DeterministicEmbedder
 from redismem.errors import EmbedderMismatch, EmbedderUnavailable
+from redismem.filters import Filters
 from redismem.keys import STORE, Owner
 from redismem.reembed import Reembedder
 from redismem.service import Service
 from redismem.store import claim
-from redismem.types import Filters, MemoryInput, MemoryPatch, SearchRequest
+from redismem.types import MemoryInput, MemoryPatch, SearchRequest
 from redismem.vectors import Turn, turn_vectors
 
 COUNT = 200

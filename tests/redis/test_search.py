@@ -10,16 +10,9 @@ import pytest
 
 from redismem.codec import memory_fields
 from redismem.errors import InvalidInput
-from redismem.index import open_index
 from redismem.keys import Owner
 from redismem.service import Service
-from redismem.types import (
-    MemoryInput,
-    ScoreParts,
-    SearchMode,
-    SearchReply,
-    SearchRequest,
-)
+from redismem.types import MemoryInput, ScoreParts, SearchMode, SearchReply, SearchRequest
 
 MODES: tuple[SearchMode, ...] = get_args(SearchMode)
 WORDS = "tea coffee dog cat paris rome summer winter red blue green house garden river".split()
@@ -81,7 +74,7 @@ async def test_an_exact_search_equals_a_linear_scan(service: Service) -> None:
     rng = np.random.default_rng(3)
     for count in (100, 1_000, 10_000):
         owner = service.owner(f"user{count}")
-        await open_index(service.functions, service.embedder, owner)
+        await service.indexes.open(owner)
         rows = rng.standard_normal((count, 384)).astype(np.float32)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         stored = rows.astype(np.float16)

@@ -11,19 +11,13 @@ from typing import Any
 import pytest
 
 from redismem.errors import RedisUnavailable
+from redismem.filters import Filters, TimeRange
 from redismem.keys import Owner
 from redismem.rules import RULES, Event
 from redismem.service import Service, assembled
 from redismem.settings import Settings
 from redismem.tiers import Answer
-from redismem.types import (
-    CorrectionRequest,
-    Filters,
-    MemoryInput,
-    MemoryPatch,
-    SearchRequest,
-    TimeRange,
-)
+from redismem.types import CorrectionRequest, MemoryInput, MemoryPatch, SearchRequest
 from tests.redis.conftest import Counter, Until
 
 TEA = SearchRequest(text="tea")

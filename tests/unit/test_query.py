@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from redismem.errors import InvalidInput
+from redismem.filters import Filters, NumberRange, TagMatch, TimeRange
 from redismem.keys import Owner
 from redismem.query import (
     epoch,
@@ -24,7 +25,7 @@ from redismem.query import (
     unpacked_tags,
     words_query,
 )
-from redismem.types import Filters, MemoryInput, NumberRange, TagMatch, TimeRange
+from redismem.types import MemoryInput
 from redismem.words import query_words
 
 characters = st.characters(exclude_categories=["Cs", "Cc"])

@@ -93,6 +93,13 @@ def test_every_field_is_read_from_its_variable() -> None:
         "hot_ttl_s": "6.5",
         "lease_s": "0.5",
         "stale_if_error": "1",
+        "hnsw_threshold": "200",
+        "hnsw_profile": "low_latency",
+        "idle_index_days": "1.5",
+        "archive_url": "memory://a",
+        "archive_after_quarters": "4",
+        "maintain_every_s": "5.5",
+        "warm_users": "6",
         "max_body_bytes": "2048",
         "log_length": "5",
     }

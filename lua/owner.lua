@@ -1,0 +1,92 @@
+#!lua name=redismem_owner
+-- Version: 1
+-- Makes, parks and removes what one owner has as a whole: the exact index, its alias, every key.
+--
+-- Functions (KEYS -> ARGV -> reply)
+--   rm_open_v1    alias index meta [ids] | now_ms embedder dim vector_field, FT.CREATE arguments …
+--                 -> OK | filling:<n>: the index exists and serves under its alias; filling: memories of before
+--                 are not in it yet; index each again (rm_reindex), then call rm_filled with that word
+--   rm_filled_v1  meta | filling:<n>  -> OK | STALE: the index was made anew meanwhile
+--   rm_chill_v1   meta graph0 graph1 | idle_before_s
+--                 -> GONE | BUSY | OK: drops the indexes of an owner who was not read or written since; the
+--                 memories stay, and the next read or write finds NOINDEX
+--   rm_forget_v1  alias meta ids log turns … | prefix limit, every index the owner may have …
+--                 -> OK memories keys done(0/1); removes memories, then all KEYS; call again until done
+--
+-- Complexity: O(1); rm_forget O(limit). Derived keys: prefix .. id.
+-- Storage: meta hash, here: index, algorithm (FLAT, or HNSW while there is a graph), vector_field, embedder, dim,
+--   index_state (absent: complete; cold; filling:<n>), fills (how often it was filled).
+
+-- part: check
+
+local function open(keys, args)
+  local alias, index, meta, ids = keys[1], keys[2], keys[3], keys[4]
+  local now_ms, embedder, dim, field = whole(args[1], 1, 1e14), args[2], whole(args[3], 1, 65536), args[4]
+  if not (meta and now_ms and dim and args[5]) then return misuse('rm_open alias index meta | …') end
+  local wrong = wrong_type(meta, 'hash') or ids and wrong_type(ids, 'zset')
+  if wrong then return wrong end
+  local made = redis.pcall('FT.CREATE', unpack(args, 5))
+  if made.err and not string.find(made.err, 'already exists') then return made end
+  local named = redis.pcall('FT.ALIASUPDATE', alias, index)
+  if named.err then return named end
+  -- seeded by the clock: see lua/write.lua
+  redis.call('HSETNX', meta, 'generation', string.format('%.0f', now_ms * 1000))
+  redis.call('HSET', meta, 'index', index, 'vector_field', field, 'embedder', embedder, 'dim', dim)
+  redis.call('HSETNX', meta, 'algorithm', 'FLAT')
+  local state = redis.call('HGET', meta, 'index_state')
+  if state == 'cold' or not made.err and (state or ids and redis.call('ZCARD', ids) > 0) then
+    state = 'filling:' .. redis.call('HINCRBY', meta, 'fills', 1)
+    redis.call('HSET', meta, 'index_state', state)
+  end
+  return state or 'OK'
+end
+
+local function filled(keys, args)
+  if not (keys[1] and args[1]) then return misuse('rm_filled meta | filling:<n>') end
+  if redis.call('HGET', keys[1], 'index_state') ~= args[1] then return 'STALE' end
+  redis.call('HDEL', keys[1], 'index_state')
+  return 'OK'
+end
+
+local function chill(keys, args)
+  local meta, idle_before_s = keys[1], tonumber(args[1] or '')
+  if not (keys[3] and idle_before_s) then return misuse('rm_chill meta graph0 graph1 | idle_before_s') end
+  local raw = redis.call('HMGET', meta, 'index', 'index_state', 'next_embedder', 'last_activity', 'last_read')
+  if not raw[1] then return 'GONE' end
+  local used_s = math.max(tonumber(raw[4] or '') or 0, tonumber(raw[5] or '') or 0)
+  if raw[2] or raw[3] or used_s >= idle_before_s then return 'BUSY' end
+  local dropped = redis.pcall('FT.DROPINDEX', raw[1])
+  if dropped.err and redis.pcall('FT.INFO', raw[1]).err == nil then return dropped end
+  redis.call('UNLINK', keys[2], keys[3])
+  redis.call('HDEL', meta, 'graph', 'graph_next', 'graph_writes')
+  redis.call('HSET', meta, 'index_state', 'cold', 'algorithm', 'FLAT')
+  return 'OK'
+end
+
+local function forget(keys, args)
+  local alias, ids, prefix, limit = keys[1], keys[3], args[1], whole(args[2], 1, 1000)
+  if not (keys[5] and limit and args[3]) then return misuse('rm_forget alias meta ids log turns | …') end
+  local wrong = wrong_type(ids, 'zset')
+  if wrong then return wrong end
+
+  local victims = redis.call('ZRANGE', ids, 0, limit - 1)
+  if #victims == 0 then
+    -- memories that other services wrote are in the index only
+    local found = redis.pcall('FT.SEARCH', alias, '*', 'NOCONTENT', 'LIMIT', 0, limit)
+    for i = 2, found.err and 0 or #found do victims[i - 1] = string.sub(found[i], #prefix + 1) end
+  end
+  local memories = 0
+  for _, id in ipairs(victims) do memories = memories + redis.call('DEL', prefix .. id) end
+  if #victims > 0 then
+    redis.call('ZREM', ids, unpack(victims))
+    return { 'OK', memories, 0, 0 }
+  end
+
+  for i = 3, #args do redis.pcall('FT.DROPINDEX', args[i]) end
+  return { 'OK', 0, redis.call('UNLINK', unpack(keys, 2)), 1 }
+end
+
+redis.register_function('rm_open_v1', open)
+redis.register_function('rm_filled_v1', filled)
+redis.register_function('rm_chill_v1', chill)
+redis.register_function('rm_forget_v1', forget)
