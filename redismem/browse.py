@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from urllib.parse import quote, unquote
 
@@ -43,6 +43,18 @@ class Browser:
             raise NotFound(f"there is no memory {memory_id!r}")
         memory.id = memory_id
         return memory
+
+    async def get_each(self, owner: Owner, ids: Sequence[str]) -> list[Memory]:
+        """Return those of the memories that exist, in order. Cost: one round trip."""
+        rows = await self._functions.client.pipeline(
+            [("HMGET", owner.memory(memory_id), *READ_FIELDS) for memory_id in ids]
+        )
+        found = []
+        for memory_id, raw in zip(ids, rows, strict=True):
+            if (memory := memory_from_raw(raw)) is not None:
+                memory.id = memory_id
+                found.append(memory)
+        return found
 
     async def page(
         self, owner: Owner, filters: Filters, *, limit: int = 50, cursor: str | None = None
@@ -111,15 +123,7 @@ class Browser:
         ids = await self._functions.client.execute("ZRANGE", owner.ids, 0, -1)
         for first in range(0, len(ids), _EXPORT_PAGE):
             part = [raw_id.decode("utf-8", "replace") for raw_id in ids[first : first + _EXPORT_PAGE]]
-            rows = await self._functions.client.pipeline(
-                [("HMGET", owner.memory(memory_id), *READ_FIELDS) for memory_id in part]
-            )
-            page = []
-            for memory_id, raw in zip(part, rows, strict=True):
-                if (memory := memory_from_raw(raw)) is not None:
-                    memory.id = memory_id
-                    page.append(memory)
-            yield page
+            yield await self.get_each(owner, part)
 
 
 def _event(entry: dict[bytes, bytes]) -> HistoryEvent:

@@ -118,6 +118,7 @@ class Coherence:
         #: whether the listening connection stands
         self.is_listening = False
         self._beat_now = asyncio.Event()
+        self._lived = asyncio.Event()
         self._number = 0
         self._acknowledged: set[str] = set()
         self._ack_arrived = asyncio.Event()
@@ -129,6 +130,10 @@ class Coherence:
     def is_live(self) -> bool:
         """Return whether L1 may answer and be filled now."""
         return now_s() < self._live_until_s
+
+    async def lived(self) -> None:
+        """Return when L1 could answer for the first time."""
+        await self._lived.wait()
 
     def start(self) -> None:
         """Connect in the background; until then L1 is bypassed."""
@@ -290,6 +295,7 @@ class Coherence:
         match message:
             case Beat(sent_s):
                 self._live_until_s = max(self._live_until_s, sent_s + self._lease_s)
+                self._lived.set()
             case Barrier(sender, number, _) if sender == self.id:
                 self._acknowledge(sender, number)
             case Barrier(sender, number, gone):

@@ -14,6 +14,7 @@ RedisMemError
 │   └── IndexMissing
 ├── DeadlineExceeded        504  the time budget ended before an answer
 ├── EmbedderMismatch        409  the store holds vectors of another embedder
+├── ArchiveDamaged          500  a file of the archive is missing, or is not what its manifest says
 ├── StoreError              500  Redis answered with an error we did not expect: a defect
 └── Misconfigured           500  the process cannot start like this; shown by the CLI
 """
@@ -129,6 +130,12 @@ class EmbedderMismatch(RedisMemError):
 
     status = 409
     code = "embedder_mismatch"
+
+
+class ArchiveDamaged(RedisMemError):
+    """A file of the archive is missing or altered: bring it back from a backup; Redis was not touched."""
+
+    code = "archive_damaged"
 
 
 class StoreError(RedisMemError):

@@ -22,8 +22,6 @@ from redismem.client import Argument
 from redismem.codec import (
     READ_FIELDS,
     asks_for_the_past,
-    memory_values,
-    reached,
     search_digest,
     unit,
     vector_bytes,
@@ -32,20 +30,20 @@ from redismem.effort import EXCELLENT, GOOD, RESERVED_MS, chosen_width, is_stage
 from redismem.embed import Embedder
 from redismem.errors import (
     DeadlineExceeded,
-    EmbedderMismatch,
     IndexMissing,
     InvalidInput,
     Unavailable,
     WritesRefused,
 )
 from redismem.filters import Filters
+from redismem.found import OUT_OF_TIME, Found, found_of, unanswered
 from redismem.keys import Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, fcall
 from redismem.query import escaped_tag, filter_query, words_query
 from redismem.queryvectors import QueryVectors
 from redismem.settings import Settings
-from redismem.types import NEVER_CACHED, Hit, Plan, ScoreParts, SearchReply, SearchRequest, Timing
+from redismem.types import NEVER_CACHED, SearchRequest, Timing
 from redismem.words import query_words
 
 #: candidates of each list before fusion: this many, or this many times the limit
@@ -79,16 +77,6 @@ _SAMPLE = 32
 _GRACE_MS = 3.0
 
 _FIELDS = " ".join(READ_FIELDS)
-
-
-@dataclass(slots=True)
-class Found:
-    """A reply, and for how many seconds it may be kept in L1: 0 for not at all."""
-
-    reply: SearchReply
-    ttl_s: float = 0.0
-    #: the user's index did not hold all memories yet
-    is_filling: bool = False
 
 
 @dataclass(slots=True)
@@ -208,7 +196,7 @@ class Reader:
             elif raw[0] != b"MISS":
                 self.counts["search hits"] += 1
                 _, generation, total, note, ttl_ms, *flat = raw
-                query.found = self._found(query, generation, total, note, b"l2", ttl_ms, flat)
+                query.found = found_of(query.request, generation, total, note, b"l2", ttl_ms, flat)
         for query in {id(query): query for query, _ in asked}.values():
             self._learn(found=bool(query.found or query.vector))
 
@@ -291,7 +279,7 @@ class Reader:
                     replies = await self._functions.send(plain)
         except TimeoutError:
             for query in queries:
-                query.found = _unanswered()
+                query.found = unanswered()
             return
         took_ms = _ms(time.perf_counter() - sent)
         for query, raw, command in zip(queries, replies, keeping, strict=False):
@@ -300,7 +288,7 @@ class Reader:
             if reply.served_by == "l2" and query.is_new:
                 self._learn(found=True)  # it was embedded in vain
             if not reply.partial and reply.served_by == "l3" and took_ms >= query.timeout_ms:
-                reply.partial, reply.reason, query.found.ttl_s = True, _OUT_OF_TIME, 0
+                reply.partial, reply.reason, query.found.ttl_s = True, OUT_OF_TIME, 0
 
     def _may_be_kept(self, query: _Query) -> bool:
         return self._settings.l2_searches > 0 and query.reason is None and not query.request.explain
@@ -342,71 +330,7 @@ class Reader:
         if kept:
             served_by, ttl_ms, *flat = flat  # 0: it may have been cut off, which RediSearch does not tell
             self.counts["search hits" if served_by == b"l2" else "search misses"] += 1
-        return self._found(query, generation, total, note, served_by, ttl_ms, flat)
-
-    def _found(
-        self,
-        query: _Query,
-        generation: bytes,
-        total: int,
-        note: bytes,
-        served_by: bytes,
-        ttl_ms: int,
-        flat: list[Any],
-    ) -> Found:
-        request, notes = query.request, _notes(note)
-        reason, skipped = query.reason, notes.get("CUT", [])
-        if "EMBEDDER" in notes:
-            if query.mode == "semantic":
-                raise EmbedderMismatch("this user's vectors are of another embedder; run `redismem reembed`")
-            reason = "this user's vectors are of another embedder (run `redismem reembed`): words only"
-        elif "FILLING" in notes:
-            reason = reason or "this user's index is being rebuilt: not all memories were searched"
-        elif skipped:
-            reason = reason or _OUT_OF_TIME
-        reply = SearchReply(
-            memories=[_hit(*flat[i : i + 4]) for i in range(0, len(flat), 4)],
-            total=int(total),
-            generation=int(generation),
-            partial=reason is not None,
-            reason=reason,
-            skipped=["index"] if "EARLY" in notes else skipped,
-            archived=reached(request.filters, notes.get("ARCHIVED", [])),
-            plan=_plan(request, by_graph="HNSW" in notes) if request.explain else None,
-            served_by="l2" if served_by == b"l2" else "l3",
-            timing=Timing(embed=0, search=0, total=0),
-        )
-        is_kept = not (reply.partial or reply.skipped or request.explain) and reply.memories
-        return Found(reply, ttl_ms / 1000 if is_kept else 0.0, is_filling="FILLING" in notes)
-
-
-_OUT_OF_TIME = "the time budget ended during the search"
-
-
-def _notes(raw: bytes) -> dict[str, list[str]]:
-    """Return the words of a note of lua/read.lua with what follows each."""
-    words = (word.partition(":") for word in raw.decode().split())
-    return {name: rest.split(",") if rest else [] for name, _, rest in words}
-
-
-def _plan(request: SearchRequest, *, by_graph: bool) -> Plan:
-    ef = chosen_width(request) if by_graph else None
-    return Plan(index="hnsw" if by_graph else "flat", ef=ef, staged=is_staged(request))
-
-
-def _unanswered() -> Found:
-    """Return what there is when the budget ended before Redis answered: nothing, and it says so."""
-    reply = SearchReply(
-        memories=[],
-        total=0,
-        generation=0,
-        partial=True,
-        reason="the time budget ended before Redis answered",
-        skipped=["index", "words", "total"],
-        served_by="l3",
-        timing=Timing(embed=0, search=0, total=0),
-    )
-    return Found(reply)
+        return found_of(query.request, generation, total, note, served_by, ttl_ms, flat, query.reason)
 
 
 def _least_left_ms(queries: Sequence[_Query], began: float) -> float | None:
@@ -418,15 +342,6 @@ def _least_left_ms(queries: Sequence[_Query], began: float) -> float | None:
 def _fall_back(queries: Sequence[_Query], reason: str) -> None:
     for query in queries:
         query.mode, query.reason = "keyword", reason
-
-
-def _hit(raw_id: bytes, score: bytes, parts: list[bytes | None] | None, fields: list[bytes | None]) -> Hit:
-    hit = Hit(**memory_values(fields), score=float(score))
-    hit.id = raw_id.decode("utf-8", "replace")
-    if parts is not None:
-        numbers = [None if part is None else float(part) for part in parts]
-        hit.explain = ScoreParts(**dict(zip(ScoreParts.__struct_fields__, numbers, strict=True)))  # type: ignore[arg-type]  # the order of lua/read.lua
-    return hit
 
 
 def _ms(seconds: float) -> float:

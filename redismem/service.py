@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import msgspec
 
+from redismem.archive import Archive
 from redismem.backfill import Backfill
 from redismem.browse import Browser
 from redismem.client import Client
 from redismem.coherence import Coherence
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
-from redismem.errors import EmbedderMismatch, InvalidInput
+from redismem.errors import EmbedderMismatch, InvalidInput, Unavailable
 from redismem.graph import Graphs
 from redismem.index import Indexes
-from redismem.keys import Owner
+from redismem.keys import STORE, Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, load_libraries
+from redismem.maintain import Maintenance, Round
 from redismem.read import Reader
 from redismem.settings import Settings
 from redismem.store import check_server, claim
 from redismem.tiers import Tiers
 from redismem.touches import Touches
 from redismem.types import SearchReply, SearchRequest, StatsReply
+from redismem.warm import Warmer
 from redismem.write import Writer
 
 
@@ -47,6 +51,9 @@ class Service:
     l1: L1
     coherence: Coherence
     touches: Touches
+    archive: Archive
+    warmer: Warmer
+    maintenance: Maintenance
 
     def owner(self, user: str) -> Owner:
         """Return the owner of a user id.
@@ -62,15 +69,33 @@ class Service:
         """Return the best memories as of now, for people at a shell; see `Reader.search_each`."""
         return (await self.tiers.find(owner, [msgspec.structs.replace(request, consistency="strong")]))[0]
 
-    def stats(self) -> StatsReply:
-        """Return what the caches of this process hold and did."""
+    async def stats(self) -> StatsReply:
+        """Return what the caches of this process hold and did, and what maintenance found last."""
+        last = None
+        with suppress(Unavailable):
+            raw = await self.client.execute("HGET", STORE, "maintenance")
+            last = msgspec.json.decode(raw, type=Round) if raw else None
         return StatsReply(
             process=self.coherence.id,
+            indexes=None if last is None else msgspec.to_builtins(last),
             l1=self.l1.stats(),
             l2=dict(self.reader.counts),
             reads=dict(self.tiers.counts),
             coherence={"live": self.coherence.is_live(), **self.coherence.counts},
         )
+
+    @asynccontextmanager
+    async def kept_up(self) -> AsyncIterator[None]:
+        """Warm up, and maintain the store, in the background of the block: what a process that serves does."""
+        tasks = [asyncio.create_task(self.warmer.start())]
+        if self.settings.maintain_every_s:
+            tasks.append(asyncio.create_task(self.maintenance.run(self.settings.maintain_every_s)))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def ping(self) -> None:
         """Return when Redis answers.
@@ -121,16 +146,22 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         stack.push_async_callback(touches.close)
         browser = Browser(functions)
         reader = Reader(functions, embedder, l1, settings)
-        writer = Writer(functions, embedder, backfill, indexes, coherence, log_length=settings.log_length)
+        archive = Archive(functions, settings, embedder)
+        writer = Writer(
+            functions, embedder, backfill, indexes, archive, coherence, log_length=settings.log_length
+        )
         tiers = Tiers(indexes, embedder, reader, browser, l1, coherence, touches, settings)
         stack.push_async_callback(tiers.close)
+        graphs = Graphs(functions)
+        warmer = Warmer(client, indexes, tiers, coherence, embedder, settings.warm_users)
+        maintenance = Maintenance(client, indexes, graphs, archive, settings, warm=warmer.warm)
         yield Service(
             settings=settings,
             client=client,
             functions=functions,
             embedder=embedder,
             indexes=indexes,
-            graphs=Graphs(functions),
+            graphs=graphs,
             backfill=backfill,
             reader=reader,
             browser=browser,
@@ -139,6 +170,9 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
             l1=l1,
             coherence=coherence,
             touches=touches,
+            archive=archive,
+            warmer=warmer,
+            maintenance=maintenance,
         )
 
 

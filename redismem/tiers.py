@@ -25,10 +25,11 @@ from redismem.embed import Embedder
 from redismem.errors import IndexMissing, RedisMemError, RedisUnavailable
 from redismem.filters import Filters
 from redismem.flight import Abandoned, Flight
+from redismem.found import Found
 from redismem.index import Indexes
 from redismem.keys import Owner
 from redismem.l1 import L1, Entry, Kind, Ticket
-from redismem.read import Found, Reader
+from redismem.read import Reader
 from redismem.settings import Settings
 from redismem.touches import Touches
 from redismem.types import ListReply, SearchReply, SearchRequest
@@ -223,6 +224,20 @@ class Tiers:
             return Answer(_bytes(stale), stale.generation, stale=True)
         self._touches.add(owner, fresh.ids)
         return fresh.answer
+
+    async def warm(self, owner: Owner, ids: Sequence[str]) -> int:
+        """Load memories into L1; return how many it keeps. Cost: one round trip."""
+        ticket = self._l1.open(owner.tag)
+        try:
+            memories = await self._browser.get_each(owner, ids)
+            for memory in memories:
+                body = _encode(memory)
+                answer = Answer(body, memory.version)
+                fresh = _Fresh(answer, body, (memory.id,), self._settings.memory_ttl_s)
+                self._keep(ticket, "memory", memory.id, fresh, None)
+        finally:
+            self._l1.close(ticket)
+        return len(memories)
 
     async def page(self, owner: Owner, filters: Filters, limit: int, cursor: str | None) -> ListReply:
         """Return memories newest first, from Redis; see `Browser.page`."""

@@ -370,6 +370,9 @@ class StatsReply(Struct, kw_only=True):
     """What one process's caches hold and did since its start; behind several workers, of one of them."""
 
     process: str
+    #: the last round of maintenance: users, graphs, indexes parked and being filled, what was done; null
+    #: before the first
+    indexes: dict[str, Any] | None = None
     #: by kind and in total: entries, bytes, hits, misses, and what became of entries
     l1: dict[str, Any]
     l2: dict[str, int]

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from redismem.archive import Archive
 from redismem.backfill import SLICE, Backfill
 from redismem.browse import Browser
 from redismem.client import Argument
@@ -104,6 +105,7 @@ class Writer:
         embedder: Embedder,
         backfill: Backfill,
         indexes: Indexes,
+        archive: Archive,
         coherence: Coherence,
         *,
         log_length: int,
@@ -113,6 +115,7 @@ class Writer:
         self._embedder = embedder
         self._backfill = backfill
         self._indexes = indexes
+        self._archive = archive
         self._coherence = coherence
         self._browser = Browser(functions)
         self._log_length = log_length
@@ -379,11 +382,20 @@ class Writer:
         return left
 
     async def forget(self, owner: Owner) -> ForgetReply:
-        """Remove everything that is stored of an owner, index included.
+        """Remove everything that is stored of an owner, index and archive included.
+
+        Raises:
+            Conflict: memories of this owner are archived where this process cannot reach them.
 
         Cost: one round trip per 500 memories, and a barrier; Redis is never held for longer than one slice.
         """
         memories = 0
+        if self._archive.is_configured:
+            memories = await self._archive.forget(owner)
+        elif await self._functions.client.execute("EXISTS", owner.archived):
+            raise Conflict(
+                "memories of this user are archived: set REDISMEM_ARCHIVE_URL, then forget the user"
+            )
         while True:
             reply = await self._functions.call(
                 "rm_forget_v1",

@@ -85,7 +85,7 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
         if service is not None:
             yield
             return
-        async with open_service(settings or Settings.from_environment()) as opened:
+        async with open_service(settings or Settings.from_environment()) as opened, opened.kept_up():
             app.state.service = opened
             yield
 

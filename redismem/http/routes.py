@@ -40,6 +40,7 @@ from redismem.types import (
     SearchRequest,
     min_generation,
 )
+from redismem.warm import Warmth
 
 MOMENTS = ("created_at", "updated_at", "event_date")
 
@@ -55,10 +56,11 @@ class MemoryBatch(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Health(Struct, kw_only=True, omit_defaults=True):
-    """Whether the process runs (live), or can serve (ready)."""
+    """Whether the process runs (live), or can serve (ready): then also how many of the users are warm."""
 
     status: str
     reason: str | None = None
+    warm: Warmth | None = None
 
 
 class _RawBatch(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -323,8 +325,8 @@ async def forget_user(request: Request) -> Response:
 
 
 async def stats(request: Request) -> Response:
-    """Tell what this process's caches hold and did, since its start."""
-    return json_response(_service(request).stats())
+    """Tell what this process's caches hold and did, since its start, and what maintenance found."""
+    return json_response(await _service(request).stats())
 
 
 async def live(request: Request) -> Response:
@@ -333,10 +335,14 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Tell whether the process can serve: 503 while Redis is away."""
+    """Tell whether the process can serve: 503 while Redis is away or the most active users are not warm."""
+    service = _service(request)
     try:
-        await _service(request).ping()
+        await service.ping()
     except Unavailable as exc:
         headers = {"Retry-After": str(exc.retry_after_s)}
         return json_response(Health(status="unavailable", reason=exc.message), 503, headers)
-    return json_response(Health(status="ok"))
+    warm = service.warmer.warmth
+    if not service.warmer.is_ready:
+        return json_response(Health(status="warming", warm=warm), 503, {"Retry-After": "1"})
+    return json_response(Health(status="ok", warm=warm))

@@ -1,0 +1,123 @@
+"""Rounds of maintenance on a real store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from redismem.keys import MAINTENANCE_LOCK, Owner
+from redismem.maintain import Maintenance
+from redismem.service import Service
+from redismem.types import MemoryInput
+
+
+@pytest.fixture
+def maintenance(service: Service) -> Maintenance:
+    """Of a store where a hundred memories are many."""
+    settings = replace(service.settings, hnsw_threshold=100, idle_index_days=1)
+    return Maintenance(
+        service.client,
+        service.indexes,
+        service.graphs,
+        service.archive,
+        settings,
+        warm=service.warmer.warm,
+    )
+
+
+async def stored(service: Service, owner: Owner, count: int) -> None:
+    await service.writer.put(owner, [MemoryInput(id=f"m{i}", text=f"memory {i}") for i in range(count)])
+
+
+async def algorithm(service: Service, owner: Owner) -> bytes:
+    word: bytes = await service.client.execute("HGET", owner.meta, "algorithm")
+    return word
+
+
+async def test_large_users_get_a_graph_and_lose_it_when_they_are_small(
+    service: Service, maintenance: Maintenance, owner: Owner
+) -> None:
+    small = service.owner("small")
+    await stored(service, owner, 120)
+    await stored(service, small, 20)
+    report = await maintenance.round()
+    assert report is not None
+    assert (report.users, report.done) == (2, {"promote": 1})
+    assert (await algorithm(service, owner), await algorithm(service, small)) == (b"HNSW", b"FLAT")
+    for number in range(30):
+        await service.writer.delete(owner, f"m{number}")
+    report = await maintenance.round()  # 90: within the hysteresis
+    assert report is not None
+    assert (report.graphs, report.done) == (1, {})
+    for number in range(30, 45):
+        await service.writer.delete(owner, f"m{number}")
+    report = await maintenance.round()
+    assert report is not None
+    assert report.done == {"demote": 1}
+    assert await algorithm(service, owner) == b"FLAT"
+    assert await service.client.execute("KEYS", "redismem:graph:*") == []
+
+
+async def test_a_build_that_died_goes_on_in_the_next_round(
+    service: Service, maintenance: Maintenance, owner: Owner
+) -> None:
+    await stored(service, owner, 120)
+    arguments = ("production", 32, 200, 128, 0)
+    await service.functions.call("rm_graph_begin_v1", [owner.meta, *owner.graphs], *arguments)
+    report = await maintenance.round()
+    assert report is not None
+    assert report.done == {"promote": 1}
+    assert await algorithm(service, owner) == b"HNSW"
+
+
+async def test_keys_of_graphs_that_nobody_needs_are_swept(
+    service: Service, maintenance: Maintenance, owner: Owner
+) -> None:
+    await stored(service, owner, 5)
+    await service.client.execute("VADD", owner.graphs[1], "VALUES", 2, 1, 0, "x")
+    report = await maintenance.round()
+    assert report is not None
+    assert report.done == {"sweep": 1}
+    assert await service.client.execute("KEYS", "redismem:graph:*") == []
+
+
+async def test_idle_users_are_parked_and_left_alone(
+    service: Service, maintenance: Maintenance, owner: Owner
+) -> None:
+    await stored(service, owner, 5)
+    await service.client.execute("HSET", owner.meta, "last_activity", 1000)
+    first, second = await maintenance.round(), await maintenance.round()
+    assert first is not None
+    assert second is not None
+    assert (first.done, second.done, second.parked) == ({"park": 1}, {}, 1)
+
+
+async def test_one_process_at_a_time(service: Service, maintenance: Maintenance, owner: Owner) -> None:
+    await stored(service, owner, 120)
+    await service.client.execute("SET", MAINTENANCE_LOCK, "another", "PX", 60_000)
+    assert await maintenance.round() is None
+    assert await algorithm(service, owner) == b"FLAT"
+    assert await service.client.execute("GET", MAINTENANCE_LOCK) == b"another"
+    await service.client.execute("DEL", MAINTENANCE_LOCK)
+    assert await maintenance.round() is not None
+    assert await service.client.execute("EXISTS", MAINTENANCE_LOCK) == 0
+
+
+async def test_stats_tell_of_the_last_round(service: Service, maintenance: Maintenance, owner: Owner) -> None:
+    assert (await service.stats()).indexes is None
+    await stored(service, owner, 120)
+    await maintenance.round()
+    indexes = (await service.stats()).indexes
+    assert indexes is not None
+    assert (indexes["users"], indexes["done"]) == (1, {"promote": 1})
+
+
+async def test_a_user_is_warm_after_a_promotion(tiered: Service, owner: Owner) -> None:
+    settings = replace(tiered.settings, hnsw_threshold=100)
+    maintenance = Maintenance(
+        tiered.client, tiered.indexes, tiered.graphs, tiered.archive, settings, warm=tiered.warmer.warm
+    )
+    await stored(tiered, owner, 120)
+    await maintenance.round()
+    assert tiered.tiers.known_memory(owner, "m119") is not None
