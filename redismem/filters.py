@@ -67,15 +67,15 @@ Partition = Annotated[str, Meta(pattern=r"^[0-9]{4}-Q[1-4]\Z")]
 Partitions = Annotated[list[Partition], Meta(min_length=1, max_length=100)]
 
 
+#: one of the quarters that a range is spelled out into
+RangedPartition = Annotated[str, Meta(pattern=r"^(19[7-9][0-9]|20[0-6][0-9])-Q[1-4]\Z")]
+
+
 class PartitionRange(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Quarters from `gte` to `lte`, at most 100 (25 years)."""
+    """Quarters of the years 1970 to 2069, from `gte` to `lte`."""
 
-    gte: Partition
-    lte: Partition
-
-    def __post_init__(self) -> None:
-        if not 0 <= quarter_number(self.lte) - quarter_number(self.gte) < 100:
-            raise ValueError("`lte` must be `gte` or one of the 99 quarters after it")
+    gte: RangedPartition
+    lte: RangedPartition
 
 
 def quarter_number(quarter: str) -> int:

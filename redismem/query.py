@@ -108,7 +108,7 @@ def filter_query(filters: Filters) -> str:
     for name in ("topics", "entities"):
         parts.extend(_tag_parts(name, getattr(filters, name)))
     if filters.partition is not None:
-        parts.append(_any_of("partition", filtered_quarters(filters.partition)))
+        parts.append(_any_of("partition", filtered_quarters(filters.partition) or ["none"]))
     for name in ("importance", "confidence", "created_at", "updated_at", "event_date"):
         bounds = getattr(filters, name)
         if bounds is not None:

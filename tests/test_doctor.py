@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from redismem import doctor
 from redismem.cli import main
 from redismem.doctor import Finding, examine
-from redismem.keys import Owner
+from redismem.keys import VECTOR_FIELDS, Owner
 from redismem.lualib import load_libraries, shipped_libraries
 from redismem.query import index_schema
 from redismem.service import Service
@@ -92,8 +92,17 @@ async def test_memories_missing_from_an_index_are_found_and_repaired(
 ) -> None:
     await store(service, owner)
     await service.client.execute("FT.DROPINDEX", owner.index)
-    await service.indexes.open(owner)
+    schema = index_schema(owner, VECTOR_FIELDS[0], service.embedder.dim)
+    await service.client.execute("FT.CREATE", *schema)
+    await service.client.execute("FT.ALIASADD", owner.index, schema[0])
     await assert_repaired(service, owner, settings, "0 of 3 memories are indexed")
+
+
+async def test_a_parked_index_is_in_order(service: Service, owner: Owner, settings: Settings) -> None:
+    await store(service, owner)
+    assert await service.indexes.park(owner, 4e9)
+    assert named(await examine(settings), "indexes").status == "ok"
+    assert await service.client.execute("HGET", owner.meta, "index_state") == b"cold"
 
 
 async def test_an_alias_that_leads_astray_is_found_and_repaired(

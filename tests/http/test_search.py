@@ -57,8 +57,9 @@ async def test_a_search_answers_with_the_documented_shape(http: httpx.AsyncClien
     reply = await http.post(SEARCH, json={"text": "Ana's cat", "explain": True, "limit": 3})
     assert reply.status_code == 200
     body = reply.json()
-    assert set(body) == {"memories", "total", "generation", "served_by", "timing", "partial"}
+    assert set(body) == {"memories", "total", "generation", "served_by", "timing", "partial", "plan"}
     assert (body["total"], body["served_by"], body["partial"]) == (5, "l3", False)
+    assert body["plan"] == {"index": "flat"}
     assert set(body["timing"]) == {"embed", "search", "total"}
     assert body["memories"][0]["id"] == "cat"
     scores = [hit["score"] for hit in body["memories"]]
