@@ -38,7 +38,7 @@ HYSTERESIS = 0.8
 _PAGE = 100
 
 #: the lock outlives its holder by this much; it is renewed three times as often
-_LOCK_MS = 15_000
+_LOCK_MS = 5_000
 
 _DAY_S = 86_400
 

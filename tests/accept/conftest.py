@@ -32,6 +32,7 @@ class Running:
 
     process: subprocess.Popen[str]
     http: httpx.AsyncClient
+    data_dir: Path
 
     async def end(self, how: signal.Signals) -> int:
         """Send a signal to the process, unless it has ended, and return its status."""
@@ -65,11 +66,12 @@ async def start(data_dir: Path, tmp_path: Path) -> AsyncIterator[Start]:
     """Start a service on the test's data directory and wait until it is ready."""
     started: list[Running] = []
 
-    async def one(embed_s: float = 0.0, redis_s: float = 0.0) -> Running:
+    async def one(embed_s: float = 0.0, redis_s: float = 0.0, **settings: object) -> Running:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("REDISMEM_")}
         environ |= {"REDISMEM_DATA_DIR": str(data_dir), "REDISMEM_TESTING": "1"}
         environ |= {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_REDIS_TIMEOUT_S": "2"}
         environ |= {"PYTHONPATH": str(ROOT)}
+        environ |= {f"REDISMEM_{name.upper()}": str(value) for name, value in settings.items()}
         with (tmp_path / f"service{len(started)}.log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, str(CHILD), str(embed_s), str(redis_s)],
@@ -81,7 +83,8 @@ async def start(data_dir: Path, tmp_path: Path) -> AsyncIterator[Start]:
         assert process.stdout is not None
         with process.stdout as output:
             port = int(await asyncio.to_thread(output.readline))
-        running = Running(process, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20))
+        http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20)
+        running = Running(process, http, data_dir)
         started.append(running)
 
         async def ready() -> bool:
