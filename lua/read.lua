@@ -241,8 +241,10 @@ local function found_by(keys, args, key_at, at)
       total = 0
       for id in pairs(cosine) do total = total + 1 end
     else
-      local counted = redis.pcall('FT.SEARCH', query.alias, query.filter, 'LIMIT', 0, 0, 'DIALECT', 2)
-      if counted.err then return failed(counted.err) end
+      local counted = redis.pcall('FT.SEARCH', query.alias, query.filter, 'LIMIT', 0, 0, 'TIMEOUT',
+        search_timeout(query), 'DIALECT', 2)
+      if counted.err and not is_timeout(counted.err) then return failed(counted.err) end
+      query.cut.total = counted.err ~= nil or nil
       total = counted[1]
     end
   end

@@ -6,6 +6,7 @@ Memories' vectors are not kept here: they go with their memories.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -15,6 +16,9 @@ from redismem.embed import Embedder
 from redismem.keys import embedding_key
 from redismem.l1 import L1
 
+#: seconds for which a time that was too short for an embedding is not tried again
+_REFUSING_S = 1.0
+
 
 class QueryVectors:
     """Makes and keeps FLOAT16 vectors of texts."""
@@ -23,6 +27,9 @@ class QueryVectors:
         self._embedder = embedder
         self._l1 = l1
         self._ttl_s = ttl_s
+        self._too_short_ms = 0.0
+        self._refusing_until_s = 0.0
+        self._given_up = 0
 
     def known(self, text: str) -> bytes:
         """Return the vector that L1 has; empty for none."""
@@ -49,10 +56,27 @@ class QueryVectors:
         Raises:
             EmbedderUnavailable: the embedder cannot answer now.
         """
-        vectors = [vector_bytes(row) for row in await self._embedder.embed(texts, urgent=True)]
+        started_s = time.monotonic()
+        try:
+            rows = await self._embedder.embed(texts, urgent=True)
+        except asyncio.CancelledError:  # the caller gave up
+            self._too_short_ms = max(self._too_short_ms, 1000 * (time.monotonic() - started_s))
+            self._refusing_until_s = time.monotonic() + _REFUSING_S
+            self._given_up += 1
+            raise
+        self._too_short_ms, self._given_up = 0.0, 0
+        vectors = [vector_bytes(row) for row in rows]
         for text, vector in zip(texts, vectors, strict=True):
             self._keep(text, vector)
         return vectors
+
+    def has_time(self, left_ms: float) -> bool:
+        """Return whether an embedding may be made in time: unless as much was too short just now, twice running.
+
+        One that is given up takes the cores from those that are not.
+        """
+        is_refusing = self._given_up > 1 and time.monotonic() < self._refusing_until_s
+        return not is_refusing or left_ms > self._too_short_ms
 
     def store(self, text: str, vector: bytes) -> Sequence[Argument]:
         """Return the command that keeps a vector in Redis."""

@@ -222,8 +222,11 @@ class Reader:
             return
         started = time.perf_counter()
         left_ms = _least_left_ms(queries, began)
+        patience_s = None if left_ms is None else (left_ms - RESERVED_MS) / 1000
+        if patience_s is not None and not self._vectors.has_time(1000 * patience_s):
+            patience_s = 0.0
         try:
-            async with asyncio.timeout(None if left_ms is None else (left_ms - RESERVED_MS) / 1000):
+            async with asyncio.timeout(patience_s):
                 vectors = await self._vectors.made([query.text for query in queries])
         except TimeoutError as exc:
             if any(query.mode == "semantic" for query in queries):

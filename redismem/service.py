@@ -86,7 +86,7 @@ class Service:
 
     @asynccontextmanager
     async def kept_up(self) -> AsyncIterator[None]:
-        """Warm up, and maintain the store, in the background of the block: what a process that serves does."""
+        """Warm up and maintain the store in the background of the block, as a process that serves does."""
         tasks = [asyncio.create_task(self.warmer.start())]
         if self.settings.maintain_every_s:
             tasks.append(asyncio.create_task(self.maintenance.run(self.settings.maintain_every_s)))

@@ -20,6 +20,11 @@ local function search_timeout(query)
   return string.format('%.0f', math.max(1, left_ms(query)))
 end
 
+-- RediSearch 2.10: a KNN that runs out of time is an error, other queries return what they have
+local function is_timeout(err)
+  return string.find(string.lower(err), 'timeout limit', 1, true)
+end
+
 -- what to look through for the nearest: all that match the filter, or of those what the graph proposes. The exact
 -- index then scores, so that 8-bit vectors cost recall only, and what another hand deleted is not found
 local function vicinity(query)
@@ -40,7 +45,11 @@ local function nearest(query)
   local found = redis.pcall('FT.SEARCH', query.alias,
     base .. '=>[KNN ' .. query.candidates .. ' @embedding $v AS d]', 'PARAMS', 2, 'v', query.vector,
     'RETURN', 1, 'd', 'LIMIT', 0, query.candidates, 'TIMEOUT', search_timeout(query), 'DIALECT', 2)
-  if found.err then return nil, found.err end
+  if found.err and not is_timeout(found.err) then return nil, found.err end
+  if found.err then
+    query.cut.index = true
+    return {}
+  end
   local cosine, skip, sub, number = {}, query.skip, string.sub, tonumber
   for i = 2, #found, 2 do
     -- from 8.8 on a result may come without its fields: it has just gone. FLOAT16 rounds past 1.
@@ -58,7 +67,11 @@ end
 local function worded(query)
   local found = redis.pcall('FT.SEARCH', query.alias, query.worded, 'NOCONTENT', 'WITHSCORES', 'SCORER', 'BM25STD',
     'LIMIT', 0, query.candidates, 'TIMEOUT', search_timeout(query), 'DIALECT', 2)
-  if found.err then return nil, found.err end
+  if found.err and not is_timeout(found.err) then return nil, found.err end
+  if found.err then
+    query.cut.words = true
+    return {}, 0
+  end
   local score, skip, sub, number = {}, query.skip, string.sub, tonumber
   for i = 2, #found, 2 do score[sub(found[i], skip)] = number(found[i + 1]) end
   return score, found[1]
