@@ -7,7 +7,7 @@
 --                        of a quarter before number `before`; fewer found than limit ends the walk. Not pinned ones,
 --                        and not what another hand gave a TTL: the archive would keep what must expire
 --   rm_records_ro_v1     meta turns | prefix, ids … -> vector_field, (id prev_id prev_hash [field value …]) …
---   rm_archive_begin_v1  meta | now_ms -> GONE | run: from here on no older run may change anything
+--   rm_archive_begin_v1  meta | lowest -> GONE | run, not below `lowest`: from here on no run before it changes anything
 --   rm_archive_v1        written | prefix now_ms log_length run quarter, records …
 --                        -> LOST | OK [a word a record]: ARCHIVED, MISSING, PINNED, CHANGED (it is not, field by field,
 --                        what the file has) or, once a few have left a graph, WAITING: send it again
@@ -16,13 +16,15 @@
 --                        RESTORED, BARE (without its vector), GONE (deleted or back already), KEPT (there is a memory
 --                        with this id again) or, as in rm_put, WAITING
 --   rm_recount_v1        meta archived | quarter -> how many of it are archived; makes `archived` of meta say so
+--   rm_archive_seen_v1   meta | generation state -> OK | STALE: keeps the state, if nothing was written meanwhile
 --   A record is: id prev_id prev_hash vector_field count, (field value) …. prev is the turn before it, which its vector
 --   was made from as well: a vector comes back only if that turn still is the one before and has that content.
 --
 -- Complexity: O(fields) a record plus its re-indexing; leaving a graph 1 ms, joining one 2 ms.
 -- Storage: archived zset id -> quarter (4 * year + 0 to 3); meta hash, here: archived (quarters, blank between, sorted),
---   archive_run (the newest run: a generation, so it never repeats), restored:<quarter> (epoch s). The rest:
---   lua/write.lua. The places of archived turns stay in `turns`.
+--   archive_run (number of the newest run: microseconds, or one more than the last), restored:<quarter> (epoch s),
+--   archive_seen (the state in which there was nothing to do). The rest: lua/write.lua. Archived turns keep their places
+--   in `turns`.
 -- Derived keys: prefix .. id.
 -- Limits: at most 500 records a call, 400 fields a record.
 
@@ -235,12 +237,13 @@ end
 -- functions -----------------------------------------------------------------------------------
 
 local function begin(keys, args)
-  local meta, now_ms = keys[1], whole(args[1], 1, 1e14)
-  if not (meta and now_ms) then return misuse('rm_archive_begin meta | now_ms') end
+  local meta, lowest = keys[1], whole(args[1], 1, 2 ^ 53)
+  if not (meta and lowest) then return misuse('rm_archive_begin meta | lowest') end
   local wrong = wrong_type(meta, 'hash')
   if wrong then return wrong end
   if redis.call('HEXISTS', meta, 'generation') == 0 then return 'GONE' end
-  local run = string.format('%.0f', redis.call('HINCRBY', meta, 'generation', 1))
+  local last = tonumber(redis.call('HGET', meta, 'archive_run') or '') or 0
+  local run = string.format('%.0f', math.max(lowest, last + 1))
   redis.call('HSET', meta, 'archive_run', run)
   return run
 end
@@ -300,9 +303,17 @@ local function recount(keys, args)
   return redis.call('EXISTS', meta) == 1 and recounted(meta, archived, number) or 0
 end
 
+local function seen(keys, args)
+  if not (keys[1] and args[2]) then return misuse('rm_archive_seen meta | generation state') end
+  if redis.call('HGET', keys[1], 'generation') ~= args[1] then return 'STALE' end
+  redis.call('HSET', keys[1], 'archive_seen', args[2])
+  return 'OK'
+end
+
 redis.register_function { function_name = 'rm_aged_ro_v1', callback = aged, flags = { 'no-writes' } }
 redis.register_function { function_name = 'rm_records_ro_v1', callback = read_records, flags = { 'no-writes' } }
 redis.register_function('rm_archive_begin_v1', begin)
 redis.register_function('rm_archive_v1', archive)
 redis.register_function('rm_restore_v1', restore)
 redis.register_function('rm_recount_v1', recount)
+redis.register_function('rm_archive_seen_v1', seen)

@@ -3,21 +3,23 @@
 -- Reads one owner's memories in one round trip; changes nothing but the cache of searches.
 --
 -- Functions (KEYS -> ARGV -> reply); those with _ro are no-writes, so replicas may run them
---   rm_search_ro_v1  alias meta turns [hot graph0 graph1] | prefix mode vector embedder words words_query filter
+--   rm_search_ro_v1  alias meta turns [hot graph0 graph1 ids] | prefix mode vector embedder words words_query filter
 --                    unfiltered_query candidates limit timeout_ms word_weight neighbour_share other_speaker
 --                    min_similarity recency_weight half_life_s importance_weight now_s explain(0/1) fields (parted
---                    by blanks) [ef staged(0/1) min_results goal excellent session]
+--                    by blanks) [ef staged(0/1) min_results goal excellent session is_fixed(0/1) vector32]
 --                    unfiltered_query is - unless the filter only hides superseded memories: it serves where
---                    there never was one, and such searches use the owner's graph, if one serves, with width ef.
+--                    there never was one, and such searches use the owner's graph, if one serves, with width ef,
+--                    unless is_fixed in proportion to the graph's own; vector32: the vector as FLOAT32, or empty.
+--                    With ids, many memories without filters are counted there.
 --                    staged: looks at the hot set and the (escaped) session first, and goes on until timeout_ms;
 --                    with min_results it ends there when so many are as near as goal and one is nearer than
 --                    excellent
 --                    -> NOINDEX | OK generation total note, then a hit: id score parts fields; parts is nil
 --                    or similarity words semantic keyword neighbours relevance recency importance
 --                    note: words, parted by blanks: EMBEDDER the store's vectors are of another embedder, words
---                    only; FILLING the index is not complete; HNSW a graph was used; EARLY the goal was met; CUT:<parts>
+--                    only; FILLING the index is not complete; HNSW:<ef> a graph was used; EARLY the goal was met; CUT:<parts>
 --                    (of index,words,total) left out when time ended; ARCHIVED:<quarters> are not in Redis
---   rm_search_v1     alias meta turns searches [hot graph0 graph1] | the 21 of rm_search_ro, digest ttl_ms
+--   rm_search_v1     alias meta turns searches [hot graph0 graph1 ids] | the 21 of rm_search_ro, digest ttl_ms
 --                    capacity min_generation [the others of rm_search_ro]
 --                    -> NOINDEX | OK generation total note l2 or l3, ttl_ms, then the hits as above; l2: a
 --                    cached search of at least that generation; l3: made now and, with a ttl_ms above 0,
@@ -41,6 +43,11 @@
 --   TTL (Redis 7.4; nothing is kept on an older one). Full: of five the one that expires soonest goes.
 -- Derived keys: prefix .. id.
 -- Limits: capacity cached searches an owner.
+
+-- widths that callers give are meant for a graph with this EF
+local PRODUCTION_EF = 128
+-- memories from which they are counted by the list of ids
+local MANY = 1000
 
 -- part: check
 -- part: floats
@@ -166,7 +173,7 @@ local function noted(query, known)
   local words, cut = {}, {}
   if query.is_foreign then words[1] = 'EMBEDDER' end
   if known.index_state then words[#words + 1] = 'FILLING' end
-  if query.by_graph then words[#words + 1] = 'HNSW' end
+  if query.by_graph then words[#words + 1] = 'HNSW:' .. query.ef end
   if query.early then words[#words + 1] = 'EARLY' end
   for _, part in ipairs({ 'index', 'words', 'total' }) do
     if query.cut[part] then cut[#cut + 1] = part end
@@ -199,11 +206,30 @@ end
 
 -- the optional keys and arguments of a search, from where they start
 local function options(query, keys, key_at, args, at)
-  query.hot, query.graphs = keys[key_at], { keys[key_at + 1], keys[key_at + 2] }
+  query.hot, query.graphs, query.ids = keys[key_at], { keys[key_at + 1], keys[key_at + 2] }, keys[key_at + 3]
   query.ef, query.staged = tonumber(args[at] or ''), query.hot and args[at + 1] == '1'
   query.min_results, query.goal = tonumber(args[at + 2] or ''), tonumber(args[at + 3] or '')
   query.excellent, query.session = tonumber(args[at + 4] or ''), args[at + 5] or ''
+  query.is_fixed, query.vector32 = args[at + 6] == '1', args[at + 7] or ''
   if not (query.goal and query.excellent) then query.min_results = nil end
+end
+
+-- use the owner's graph, if one serves; widths are those of a profile of EF 128, others' are in proportion
+local function take_graph(query, raw)
+  local number, ef = string.match(raw or '', '^([01]) %S+ %d+ %d+ (%d+)$')
+  query.graph = query.ef and number and query.graphs[number + 1]
+  if query.graph and not query.is_fixed then query.ef = math.floor(query.ef * ef / PRODUCTION_EF) end
+end
+
+-- how many memories match the filter; of many, counting all of them would take a millisecond per 10,000
+local function counted(query)
+  local known = query.filter == '*' and query.ids and redis.call('ZCARD', query.ids) or 0
+  if known >= MANY then return known end
+  local found = redis.pcall('FT.SEARCH', query.alias, query.filter, 'LIMIT', 0, 0, 'TIMEOUT', search_timeout(query),
+    'DIALECT', 2)
+  if found.err and not is_timeout(found.err) then return nil, found.err end
+  query.cut.total = found.err ~= nil or nil
+  return found[1] or 0
 end
 
 -- the reply of rm_search_ro, and whether nothing is missing in it
@@ -227,7 +253,7 @@ local function found_by(keys, args, key_at, at)
   local generation = raw[1] or '0'
   if args[8] ~= '-' then
     if not raw[3] then query.worded, query.filter = args[8], '*' end
-    query.graph = query.ef and raw[5] and query.graphs[string.sub(raw[5], 1, 1) + 1]
+    take_graph(query, raw[5])
   end
   if query.vector ~= '' and raw[2] and raw[2] ~= args[4] then query.is_foreign, query.vector = true, '' end
   if query.vector == '' then query.min_similarity = nil end
@@ -241,11 +267,9 @@ local function found_by(keys, args, key_at, at)
       total = 0
       for id in pairs(cosine) do total = total + 1 end
     else
-      local counted = redis.pcall('FT.SEARCH', query.alias, query.filter, 'LIMIT', 0, 0, 'TIMEOUT',
-        search_timeout(query), 'DIALECT', 2)
-      if counted.err and not is_timeout(counted.err) then return failed(counted.err) end
-      query.cut.total = counted.err ~= nil or nil
-      total = counted[1]
+      local err
+      total, err = counted(query)
+      if not total then return failed(err) end
     end
   end
 

@@ -208,6 +208,11 @@ def vector_bytes(vector: NDArray[np.floating]) -> bytes:
     return np.asarray(vector, dtype=np.float16).tobytes()
 
 
+def widened(raw: bytes) -> bytes:
+    """Return FLOAT16 bytes as FLOAT32 bytes."""
+    return np.frombuffer(raw, np.float16).astype(np.float32).tobytes()
+
+
 def unit(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     """Return rows scaled to L2 norm 1; shape (…, dim). A zero row stays zero."""
     rows = np.asarray(vectors, dtype=np.float64)

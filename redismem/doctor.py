@@ -140,6 +140,9 @@ async def _server(client: Client) -> Finding:
         return Finding(name="server", status="fail", seen=what, remedy=remedy)
     search = facts.search or 0
     seen = f"Redis {_dotted(facts.version)}, search {search // 10_000}.{search // 100 % 100}.{search % 100}"
+    if not facts.vector_sets:
+        remedy = "searches of large users stay exact and slow; Redis 8 has vector sets"
+        return Finding(name="server", status="warn", seen=f"{seen}, no vector sets", remedy=remedy)
     if facts.version < SAFE_REDIS:
         remedy = f"fine to develop on; run {_dotted(SAFE_REDIS)} or newer in production"
         return Finding(name="server", status="warn", seen=seen, remedy=remedy)

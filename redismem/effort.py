@@ -20,11 +20,19 @@ RESERVED_MS = 3.0
 
 
 def chosen_width(request: SearchRequest) -> int:
-    """Return EF: as asked for, else by the query's type, at most 64 in a tight budget."""
+    """Return EF: as asked for, else by the query's type, at most 64 in a tight budget.
+
+    By type it is meant for the production profile; graphs of another EF take it in proportion.
+    """
     if request.ef is not None:
         return request.ef
     width = WIDTHS[request.query_type]
     return min(width, TIGHT_WIDTH) if is_tight(request) else width
+
+
+def is_fixed(request: SearchRequest) -> bool:
+    """Return whether the width does not depend on the graph's profile."""
+    return request.ef is not None or is_tight(request)
 
 
 def is_tight(request: SearchRequest) -> bool:

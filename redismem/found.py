@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redismem.codec import memory_values, reached
-from redismem.effort import chosen_width, is_staged
+from redismem.effort import is_staged
 from redismem.errors import EmbedderMismatch
 from redismem.types import Hit, Plan, ScoreParts, SearchReply, SearchRequest, Timing
 
@@ -21,6 +21,8 @@ class Found:
     ttl_s: float = 0.0
     #: the user's index did not hold all memories yet
     is_filling: bool = False
+    #: the user's graph was used
+    by_graph: bool = False
 
 
 def found_of(
@@ -59,12 +61,14 @@ def found_of(
         reason=reason,
         skipped=["index", "total"] if "EARLY" in notes else skipped,
         archived=reached(request.filters, notes.get("ARCHIVED", [])),
-        plan=_plan(request, by_graph="HNSW" in notes) if request.explain else None,
+        plan=_plan(request, notes.get("HNSW")) if request.explain else None,
         served_by="l2" if served_by == b"l2" else "l3",
         timing=Timing(embed=0, search=0, total=0),
     )
     is_kept = not (reply.partial or reply.skipped or request.explain) and reply.memories
-    return Found(reply, ttl_ms / 1000 if is_kept else 0.0, is_filling="FILLING" in notes)
+    return Found(
+        reply, ttl_ms / 1000 if is_kept else 0.0, is_filling="FILLING" in notes, by_graph="HNSW" in notes
+    )
 
 
 def _notes(raw: bytes) -> dict[str, list[str]]:
@@ -73,9 +77,9 @@ def _notes(raw: bytes) -> dict[str, list[str]]:
     return {name: rest.split(",") if rest else [] for name, _, rest in words}
 
 
-def _plan(request: SearchRequest, *, by_graph: bool) -> Plan:
-    ef = chosen_width(request) if by_graph else None
-    return Plan(index="hnsw" if by_graph else "flat", ef=ef, staged=is_staged(request))
+def _plan(request: SearchRequest, width: list[str] | None) -> Plan:
+    ef = int(width[0]) if width else None
+    return Plan(index="hnsw" if width else "flat", ef=ef, staged=is_staged(request))
 
 
 def unanswered() -> Found:

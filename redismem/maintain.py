@@ -203,9 +203,7 @@ class Maintenance:
     async def _archived(self, owner: Owner) -> int:
         if not self._archive.is_configured:
             return 0
-        moved = await self._archive.archive_old(owner, self._clock())
-        await self._archive.purge(owner)
-        return sum(moved.values())
+        return await self._archive.tend(owner, self._clock())
 
     async def _users(self) -> AsyncIterator[tuple[Owner, Facts, bool]]:
         page: list[Owner] = []

@@ -69,6 +69,10 @@ def hits_caption(reply: SearchReply) -> str:
     timing = reply.timing
     shown = f"{len(reply.memories)} of {reply.total:,} memories in {timing.total:.1f} ms"
     shown += f" (embedding {timing.embed:.1f}, search {timing.search:.1f})"
+    if reply.plan is not None:
+        shown += f"; {reply.plan.index}" + (f" with EF {reply.plan.ef}" if reply.plan.ef else "")
+    if reply.archived:
+        shown += f"; archived and not searched: {', '.join(reply.archived)}"
     return f"{shown}; {reply.reason}" if reply.partial else shown
 
 

@@ -71,7 +71,7 @@ class QueryVectors:
         return vectors
 
     def has_time(self, left_ms: float) -> bool:
-        """Return whether an embedding may be made in time: unless as much was too short just now, twice running.
+        """Return whether an embedding may be made in time: unless as much was just too short, twice running.
 
         One that is given up takes the cores from those that are not.
         """

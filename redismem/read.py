@@ -25,8 +25,9 @@ from redismem.codec import (
     search_digest,
     unit,
     vector_bytes,
+    widened,
 )
-from redismem.effort import EXCELLENT, GOOD, RESERVED_MS, chosen_width, is_staged
+from redismem.effort import EXCELLENT, GOOD, RESERVED_MS, chosen_width, is_fixed, is_staged
 from redismem.embed import Embedder
 from redismem.errors import (
     DeadlineExceeded,
@@ -76,6 +77,9 @@ _SAMPLE = 32
 #: milliseconds after the end of a budget until a search goes without Redis's answer
 _GRACE_MS = 3.0
 
+#: users that are remembered to have a graph; for others Redis converts the vector, in 0.1 ms
+_MAX_GRAPHED = 10_000
+
 _FIELDS = " ".join(READ_FIELDS)
 
 
@@ -124,6 +128,8 @@ class Reader:
         #: estimated share of look-ups that find something
         self._luck = 1.0
         self._unlooked = 0
+        #: users whose graph was used: their searches bring the vector as graphs take it
+        self._graphed: set[str] = set()
 
     async def search_each(self, owner: Owner, requests: Sequence[SearchRequest]) -> list[Found]:
         """Return what was found for each request.
@@ -250,8 +256,8 @@ class Reader:
             return
         sent = time.perf_counter()
         arguments = [self._arguments(owner, query, started) for query in queries]
-        options = [self._options(query) for query in queries]
-        read, rest = [owner.index, owner.meta, owner.turns], [owner.hot, *owner.graphs]
+        options = [self._options(owner, query) for query in queries]
+        read, rest = [owner.index, owner.meta, owner.turns], [owner.hot, *owner.graphs, owner.ids]
         plain = [
             fcall("rm_search_ro_v1", [*read, *rest], *args, *more, read=True)
             for args, more in zip(arguments, options, strict=True)
@@ -287,6 +293,8 @@ class Reader:
         took_ms = _ms(time.perf_counter() - sent)
         for query, raw, command in zip(queries, replies, keeping, strict=False):
             query.found = self._read(query, raw, kept=command[0] == "FCALL")
+            if query.found.by_graph and len(self._graphed) < _MAX_GRAPHED:
+                self._graphed.add(owner.tag)
             reply = query.found.reply
             if reply.served_by == "l2" and query.is_new:
                 self._learn(found=True)  # it was embedded in vain
@@ -316,13 +324,15 @@ class Reader:
             *(repr(self._clock()), int(request.explain), _FIELDS),
         ]
 
-    def _options(self, query: _Query) -> list[Argument]:
+    def _options(self, owner: Owner, query: _Query) -> list[Argument]:
         request = query.request
+        is_graphed = owner.tag in self._graphed
         goal = GOOD if request.min_similarity is None else request.min_similarity
         return [
             *(chosen_width(request), int(is_staged(request))),
             *("" if request.min_results is None else request.min_results, goal, EXCELLENT),
             "" if request.session_id is None else escaped_tag(request.session_id),
+            *(int(is_fixed(request)), widened(query.vector) if is_graphed else b""),
         ]
 
     def _read(self, query: _Query, raw: list[Any], *, kept: bool) -> Found:

@@ -30,19 +30,21 @@ class ServerFacts:
     version: tuple[int, ...]
     search: int | None
     cluster: bool
+    #: it has vector sets, which hold the graphs of large users
+    vector_sets: bool = True
 
 
 async def server_facts(client: Client) -> ServerFacts:
     """Return version and modules of the server. Cost: two round trips."""
     lines = (await client.execute("INFO", "server", "cluster")).decode().splitlines()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    search = None
+    modules = {}
     for row in await client.execute("MODULE", "LIST"):
         module = dict(zip(row[::2], row[1::2], strict=True))
-        if module[b"name"] == b"search":
-            search = int(module[b"ver"])
+        modules[module[b"name"]] = int(module[b"ver"])
+    search = modules.get(b"search")
     version = tuple(int(part) for part in fields["redis_version"].split(".")[:3])
-    return ServerFacts(version, search, fields.get("cluster_enabled") == "1")
+    return ServerFacts(version, search, fields.get("cluster_enabled") == "1", b"vectorset" in modules)
 
 
 def server_problem(facts: ServerFacts) -> str | None:

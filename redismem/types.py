@@ -329,7 +329,7 @@ class HistoryReply(Struct, kw_only=True):
 
 
 class ForgetReply(Struct, kw_only=True):
-    """Receipt of forgetting a user: how many memories and other keys are gone."""
+    """Receipt of forgetting a user: how many memories, archived ones too, and keys are gone."""
 
     memories: int
     keys: int

@@ -386,16 +386,14 @@ class Writer:
 
         Raises:
             Conflict: memories of this owner are archived where this process cannot reach them.
+            Unavailable: their files cannot be reached now; repeat it.
 
         Cost: one round trip per 500 memories, and a barrier; Redis is never held for longer than one slice.
         """
         memories = 0
-        if self._archive.is_configured:
-            memories = await self._archive.forget(owner)
-        elif await self._functions.client.execute("EXISTS", owner.archived):
-            raise Conflict(
-                "memories of this user are archived: set REDISMEM_ARCHIVE_URL, then forget the user"
-            )
+        has_archive = self._archive.is_configured
+        if not has_archive and await self._functions.client.execute("EXISTS", owner.archived):
+            raise Conflict("memories of this user are archived: set REDISMEM_ARCHIVE_URL to forget them")
         while True:
             reply = await self._functions.call(
                 "rm_forget_v1",
@@ -406,7 +404,9 @@ class Writer:
             memories += reply[1]
             if reply[3]:
                 await self._coherence.changed(Event.FORGOTTEN, owner, None)
-                return ForgetReply(memories=memories, keys=memories + reply[2])
+                # last: a run of the archive that is on its way finds nothing to move any more
+                archived = await self._archive.forget(owner) if has_archive else 0
+                return ForgetReply(memories=memories + archived, keys=memories + reply[2])
 
 
 def _event(old: Memory, new: MemoryInput) -> Event:

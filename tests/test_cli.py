@@ -291,3 +291,25 @@ def test_serve_wants_the_data_dir_for_itself(start: Start) -> None:
     assert errors.count("\n") == 1
     assert "--data-dir" in errors
     assert httpx.get(f"{base}/health/ready").status_code == 200
+
+
+def test_an_index_is_shown_rebuilt_and_maintained(run: Run) -> None:
+    assert run("add", "Ada plays the viola", "--user", "ada").exit_code == 0
+    shown = run("index", "show", "ada")
+    assert "exact (flat)" in shown.output
+    built = run("index", "rebuild", "ada", "--profile", "low_latency")
+    assert "built: low_latency, M 16, efConstruction 100, EF 64" in built.output
+    told = json.loads(run("index", "show", "ada", "--json").output)
+    assert (told["memories"], told["profile"]) == (1, "low_latency")
+    assert told["graph"].startswith("low_latency: M 16, efConstruction 100, EF 64; 1 vectors")
+    assert "1 users in" in run("index", "maintain").output
+    assert "graph" in json.loads(run("index", "show", "ada", "--json").output)  # it is the user's own wish
+    run("index", "rebuild", "ada", "--profile", "store")
+    assert "demote 1" in run("index", "maintain").output
+    assert run("index", "show", "nobody").exit_code == 1
+
+
+def test_the_archive_needs_a_place(run: Run) -> None:
+    refused = run("archive", "list", "--user", "ada")
+    assert refused.exit_code == 1
+    assert "REDISMEM_ARCHIVE_URL" in refused.output

@@ -30,7 +30,8 @@ end
 local function vicinity(query)
   if query.graph then
     local count = math.max(query.limit, math.min(query.candidates, query.ef))
-    local near = redis.pcall('VSIM', query.graph, 'FP32', float32(query.vector), 'COUNT', count, 'EF', query.ef)
+    local vector = query.vector32 ~= '' and query.vector32 or float32(query.vector)
+    local near = redis.pcall('VSIM', query.graph, 'FP32', vector, 'COUNT', count, 'EF', query.ef)
     if not near.err and #near > 0 then
       return query.filter == '*' and one_of(near) or one_of(near) .. ' ' .. query.filter, true
     end

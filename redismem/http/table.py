@@ -235,6 +235,7 @@ OPERATIONS = (
         handler=routes.forget_user,
         summary="Forget a user",
         reply=ForgetReply,
+        errors=(409,),
     ),
     Operation(
         method="GET",

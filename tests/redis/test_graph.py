@@ -111,6 +111,11 @@ async def test_query_type_budget_and_hand_choose_the_width(service: Service, lar
     assert (await plan_of(service, large, query_type="verification")).ef == 256
     assert (await plan_of(service, large, query_type="verification", max_ms=15)).ef == 64
     assert (await plan_of(service, large, ef=77)).ef == 77
+    await service.graphs.build(large, "high_recall", restart=True)
+    assert (await plan_of(service, large)).ef == 256
+    assert (await plan_of(service, large, query_type="prefetch")).ef == 128
+    assert (await plan_of(service, large, max_ms=15)).ef == 64
+    assert (await plan_of(service, large, ef=77)).ef == 77
 
 
 async def test_filters_are_answered_exactly(service: Service, large: Owner) -> None:

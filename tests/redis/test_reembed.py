@@ -16,9 +16,9 @@ from redismem.errors import EmbedderMismatch, EmbedderUnavailable
 from redismem.filters import Filters
 from redismem.keys import STORE, Owner
 from redismem.reembed import Reembedder
-from redismem.service import Service
+from redismem.service import Service, assembled
 from redismem.store import claim
-from redismem.types import MemoryInput, MemoryPatch, SearchRequest
+from redismem.types import MemoryInput, MemoryPatch, Plan, SearchRequest
 from redismem.vectors import Turn, turn_vectors
 
 COUNT = 200
@@ -272,3 +272,29 @@ async def test_a_vector_stays_within_float16(service: Service, filled: Owner) ->
     raw = await service.client.execute("HGET", filled.memory("m1"), "embedding")
     assert abs(float(np.linalg.norm(np.frombuffer(raw, np.float16).astype(np.float32))) - 1) < 1e-3
     assert await service.client.execute("HGET", STORE, "embedder") == service.embedder.name.encode()
+
+
+async def test_a_large_user_is_exact_after_the_move_until_there_is_a_graph_again(
+    service: Service, filled: Owner
+) -> None:
+    assert await service.graphs.build(filled, "production")
+    other = OtherEmbedder()
+    await reembedder(service, other).move(filled)
+    async with assembled(service.settings, service.client, other) as moved:
+        request = SearchRequest(text="memory number 7", search_mode="semantic", explain=True)
+        exact = await moved.search(filled, request)
+        assert exact.plan == Plan(index="flat")
+        assert await moved.graphs.build(filled, "production")
+        by_graph = await moved.search(filled, request)
+        assert by_graph.plan == Plan(index="hnsw", ef=128)
+        assert by_graph.memories[0].id == exact.memories[0].id
+        assert await moved.client.execute("VCARD", filled.graphs[0]) == COUNT
+
+
+async def test_a_parked_user_is_moved_as_well(service: Service, filled: Owner) -> None:
+    assert await service.indexes.park(filled, 4e9)
+    other = OtherEmbedder()
+    assert await reembedder(service, other).move(filled) == COUNT
+    async with assembled(service.settings, service.client, other) as moved:
+        found = await moved.search(filled, SearchRequest(text="memory number 7"))
+        assert (found.total, found.partial) == (COUNT, False)
