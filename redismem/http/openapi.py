@@ -93,12 +93,15 @@ _RULES: dict[str, Schema] = {
         ],
         "allOf": [
             {"anyOf": [_at_most(recency_weight=0.5, importance_weight=0.5), *_ONE_WEIGHT]},
-            {
-                "not": {
-                    "required": ["search_mode", "min_similarity"],
-                    "properties": {"search_mode": {"const": "keyword"}, "min_similarity": {"type": "number"}},
+            *(
+                {
+                    "not": {
+                        "required": ["search_mode", name],
+                        "properties": {"search_mode": {"const": "keyword"}, name: {"type": "number"}},
+                    }
                 }
-            },
+                for name in ("min_similarity", "min_results")
+            ),
         ],
     },
     "SearchRequest.vector": {
