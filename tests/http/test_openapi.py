@@ -69,6 +69,8 @@ SEARCHES = [
     ({"text": None}, False),
     ({"text": "a", "search_mode": "keyword", "min_similarity": None}, True),
     ({"text": "a", "search_mode": "keyword", "min_similarity": 0.5}, False),
+    ({"text": "a", "search_mode": "keyword", "min_results": 2}, False),
+    ({"text": "a", "search_mode": "hybrid", "min_results": 2}, True),
     ({}, False),
     ({"text": "a", "recency_weight": 0.5, "importance_weight": 0.5}, True),
     ({"text": "a", "recency_weight": 1}, True),
