@@ -75,7 +75,7 @@ class Plan:
 
     sizes: tuple[int, ...] = (1_000, 10_000, 20_000, 50_000, 100_000)
     wide_sizes: tuple[int, ...] = (100_000,)
-    all_profiles: tuple[int, ...] = (50_000,)
+    all_profiles: tuple[int, ...] = (10_000,)
     redisearch: tuple[int, ...] = (10_000, 50_000)
     promoted: int = 20_000
 
