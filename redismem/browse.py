@@ -12,7 +12,7 @@ import msgspec
 
 from redismem.codec import READ_FIELDS, memory_from_raw
 from redismem.errors import IndexMissing, InvalidInput, NotFound
-from redismem.filters import Filters
+from redismem.filters import Filters, quarter_name
 from redismem.keys import Owner
 from redismem.lualib import Functions
 from redismem.query import filter_query
@@ -32,14 +32,20 @@ class Browser:
         self._functions = functions
 
     async def get(self, owner: Owner, memory_id: str) -> Memory:
-        """Return one memory. Cost: one round trip.
+        """Return one memory. Cost: one round trip, two where it is not there.
 
         Raises:
-            NotFound: there is no such memory.
+            NotFound: there is no such memory, or it is archived, which the message tells.
         """
         raw = await self._functions.client.execute("HMGET", owner.memory(memory_id), *READ_FIELDS)
         memory = memory_from_raw(raw)
         if memory is None:
+            number = await self._functions.client.execute("ZSCORE", owner.archived, memory_id)
+            if number is not None:
+                quarter = quarter_name(int(number))
+                raise NotFound(
+                    f"memory {memory_id!r} is archived with {quarter}: run `redismem archive restore`"
+                )
             raise NotFound(f"there is no memory {memory_id!r}")
         memory.id = memory_id
         return memory

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from redismem.archive import Archive
 from redismem.client import Client
 from redismem.embed import Embedder, open_embedder
 from redismem.errors import RedisMemError, StoreError
@@ -100,6 +101,10 @@ async def _examine_store(
         found.append(functions)
     with _failing(found, "store", "see the message"):
         found.append(await _remembered(client, embedder))
+    if settings.archive_url and embedder is not None:
+        with _failing(found, "archive", "make REDISMEM_ARCHIVE_URL reachable, or correct it"):
+            await Archive(Functions(client), settings, embedder).check()
+            found.append(Finding(name="archive", status="ok", seen="it can be reached and is this store's"))
     with _failing(found, "indexes", _REPAIR):
         if repair and (newer or embedder is None):
             reason = "a newer redismem uses this store: upgrade" if newer else "it needs the embedder"

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import click
 from rich.text import Text
 
-from redismem.archive import Archive
 from redismem.archivelines import Manifest
 from redismem.cli.shell import json_option, main, print_json, run, settled
 from redismem.errors import ArchiveDamaged, Conflict
@@ -21,7 +20,7 @@ from redismem.store import owners
 _user_option = click.option("-u", "--user", help="Only this user's; else of all users of the store.")
 _quarter_option = click.option("--quarter", metavar="QUARTER", help="Only this one, such as 2024-Q1.")
 
-Work = Callable[[Archive, Owner], Awaitable[dict[str, int]]]
+Work = Callable[[Service, Owner], Awaitable[dict[str, int]]]
 
 
 @main.group()
@@ -66,7 +65,9 @@ def run_(settings: Settings, user: str | None, quarter: str | None) -> None:
     A quarter that was restored in the last 30 days stays unless --quarter names it.
     """
     now_s = time.time()
-    _each(settings, user, "archived", lambda kept, owner: kept.archive_old(owner, now_s, quarter))
+    _each(
+        settings, user, "archived", lambda service, owner: service.archive.archive_old(owner, now_s, quarter)
+    )
 
 
 @archive.command()
@@ -75,7 +76,14 @@ def run_(settings: Settings, user: str | None, quarter: str | None) -> None:
 @settled
 def restore(settings: Settings, user: str | None, quarter: str | None) -> None:
     """Bring archived memories back; what was deleted stays deleted. Run again to go on."""
-    _each(settings, user, "restored", lambda kept, owner: kept.restore(owner, quarter))
+
+    async def restored(service: Service, owner: Owner) -> dict[str, int]:
+        counts = await service.archive.restore(owner, quarter)
+        if counts:
+            await service.warmer.warm(owner)
+        return counts
+
+    _each(settings, user, "restored", restored)
 
 
 @archive.command()
@@ -85,8 +93,8 @@ def restore(settings: Settings, user: str | None, quarter: str | None) -> None:
 def purge(settings: Settings, user: str | None, quarter: str | None) -> None:
     """Take what was deleted or restored out of the files."""
 
-    async def purged(kept: Archive, owner: Owner) -> dict[str, int]:
-        return {"": await kept.purge(owner, quarter)}
+    async def purged(service: Service, owner: Owner) -> dict[str, int]:
+        return {"": await service.archive.purge(owner, quarter)}
 
     _each(settings, user, "purged", purged)
 
@@ -95,13 +103,13 @@ def _each(settings: Settings, user: str | None, done: str, work: Work) -> None:
     """Do the work for the user, or for all, and tell how many memories it was; failing for one stops none."""
 
     async def all_of_them(service: Service) -> tuple[dict[str, int], list[str]]:
-        kept, counts, failed = service.archive, dict[str, int](), []
-        await kept.check()
+        counts, failed = dict[str, int](), []
+        await service.archive.check()
         chosen = [owner async for owner in _chosen(service, user)]
         with steps(done, len(chosen)) as advance:
             for owner in chosen:
                 try:
-                    found = await work(kept, owner)
+                    found = await work(service, owner)
                 except (ArchiveDamaged, Conflict) as exc:
                     found = {}
                     failed.append(f"{_name(owner)}: {exc.message}")

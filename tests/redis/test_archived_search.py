@@ -81,6 +81,11 @@ async def test_a_deleted_archived_memory_does_not_come_back(keeping: Service, ag
         await keeping.browser.get(aged, "y2021")
 
 
+async def test_reading_an_archived_memory_tells_where_it_is(keeping: Service, aged: Owner) -> None:
+    with pytest.raises(NotFound, match=r"archived with 2021-Q2: run `redismem archive restore`"):
+        await keeping.browser.get(aged, "y2021")
+
+
 async def test_an_archived_id_that_is_written_anew_stays_new(keeping: Service, aged: Owner) -> None:
     await keeping.writer.put(aged, [MemoryInput(id="y2021", text="another zebra")])
     await keeping.archive.restore(aged)
