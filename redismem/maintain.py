@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections import Counter
@@ -33,6 +34,10 @@ Action = Literal["complete", "promote", "demote", "park", "sweep"]
 
 #: share of the threshold below which a graph is dropped: a user at the threshold must not come and go
 HYSTERESIS = 0.8
+
+#: share of the time between two rounds after which another process may make one: all of a service's workers
+#: try as often
+_OFTEN = 0.9
 
 #: users whose facts are read in one round trip
 _PAGE = 100
@@ -137,20 +142,23 @@ class Maintenance:
         """Make a round every so many seconds until cancelled; whatever goes wrong waits for the next."""
         while True:
             try:
-                await self.round()
+                await self.round(unless_since_s=self._clock() - _OFTEN * every_s)
             except RedisMemError as exc:
                 logger.warning("maintenance goes on later: %s", exc)
             except Exception:  # a defect in one round must not end all others
                 logger.exception("a round of maintenance failed")
             await asyncio.sleep(every_s)
 
-    async def round(self) -> Round | None:
+    async def round(self, *, unless_since_s: float = math.inf) -> Round | None:
         """Bring every user's index to what fits; None when another process is at it.
+
+        Args:
+            unless_since_s: also None when a round of any process began after this moment (epoch seconds).
 
         Cost: a SCAN of the keyspace and one round trip per 100 users, besides what is to be done.
         """
         async with self._lock() as held:
-            if not held:
+            if not held or await self._began_s() > unless_since_s:
                 return None
             started, report, done = time.perf_counter(), Round(at_s=self._clock()), Counter[str]()
             logged: list[Owner] = []
@@ -170,6 +178,11 @@ class Maintenance:
             report.done, report.took_s = dict(done), round(time.perf_counter() - started, 3)
             await self._client.execute("HSET", STORE, "maintenance", msgspec.json.encode(report))
             return report
+
+    async def _began_s(self) -> float:
+        """Return when the last round began; 0 before the first."""
+        raw = await self._client.execute("HGET", STORE, "maintenance")
+        return msgspec.json.decode(raw, type=Round).at_s if raw else 0.0
 
     @staticmethod
     def _count(report: Round, facts: Facts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -102,6 +103,17 @@ async def test_one_process_at_a_time(service: Service, maintenance: Maintenance,
     await service.client.execute("DEL", MAINTENANCE_LOCK)
     assert await maintenance.round() is not None
     assert await service.client.execute("EXISTS", MAINTENANCE_LOCK) == 0
+
+
+async def test_the_workers_of_a_service_share_their_rounds(
+    service: Service, maintenance: Maintenance, owner: Owner
+) -> None:
+    await stored(service, owner, 5)
+    now_s = time.time()
+    assert await maintenance.round(unless_since_s=now_s) is not None
+    assert await maintenance.round(unless_since_s=now_s) is None
+    assert await maintenance.round(unless_since_s=time.time() + 60) is not None
+    assert await maintenance.round() is not None
 
 
 async def test_stats_tell_of_the_last_round(service: Service, maintenance: Maintenance, owner: Owner) -> None:
