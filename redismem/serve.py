@@ -17,10 +17,13 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
+from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import Misconfigured
-from redismem.service import open_service
+from redismem.lualib import load_libraries
+from redismem.service import open_client
 from redismem.settings import Settings
+from redismem.store import check_server, claim
 
 #: seconds that running requests may still take after SIGTERM
 _GRACE_S = 10
@@ -46,14 +49,21 @@ def run_service(settings: Settings, *, insecure: bool) -> bool:
     # uvicorn raises the signal that ended it once more; the rest of this function must still run then
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = False
-    with suppress(KeyboardInterrupt), _redis_of(settings) as (url, where):
+    with suppress(KeyboardInterrupt), asyncio.Runner() as runner:
+        # beside the loading of Redis, which may take longer
+        trying = runner.get_loop().create_task(_tried_embedder(settings))
+        failed = _serve_on(runner, trying, settings)
+    return failed
+
+
+def _serve_on(runner: asyncio.Runner, trying: asyncio.Task[Embedder], settings: Settings) -> bool:
+    with _redis_of(settings, runner) as (url, where):
         settings = replace(settings, redis_url=url)
-        asyncio.run(_check(settings))
+        runner.run(_check(settings, trying))
         settings = replace(settings, port=_free_port(settings.host, settings.port))
         os.environ.update(settings.to_environment())
         threading.Thread(target=_announce, args=(settings, where), daemon=True).start()
-        failed = _serve(settings)
-    return failed
+        return _serve(settings)
 
 
 def _serve(settings: Settings) -> bool:
@@ -91,31 +101,39 @@ def _logging(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def _redis_of(settings: Settings) -> Iterator[tuple[str, str]]:
+def _redis_of(settings: Settings, runner: asyncio.Runner) -> Iterator[tuple[str, str]]:
     """Yield the URL of the Redis to use, started if none is named, and how to show it."""
     if settings.redis_url:
         url = urlsplit(settings.redis_url)
         port = f":{url.port}" if url.port else ""
         yield settings.redis_url, f"{url.scheme}://{url.hostname or ''}{port}{url.path}"
         return
-    with asyncio.Runner() as runner:
-        stack = AsyncExitStack()
-        try:
-            redis = runner.run(stack.enter_async_context(EmbeddedRedis(settings.data_dir)))
-            if redis.pid is None:  # it would end with its owner, and the service would be without
-                raise Misconfigured(
-                    f"Another redismem process runs the Redis of {settings.data_dir}: "
-                    "end it, or name another --data-dir."
-                )
-            yield redis.url, f"{settings.data_dir} (embedded Redis)"
-        finally:
-            runner.run(stack.aclose())
+    stack = AsyncExitStack()
+    try:
+        redis = runner.run(stack.enter_async_context(EmbeddedRedis(settings.data_dir)))
+        if redis.pid is None:  # it would end with its owner, and the service would be without
+            raise Misconfigured(
+                f"Another redismem process runs the Redis of {settings.data_dir}: "
+                "end it, or name another --data-dir."
+            )
+        yield redis.url, f"{settings.data_dir} (embedded Redis)"
+    finally:
+        runner.run(stack.aclose())
 
 
-async def _check(settings: Settings) -> None:
+async def _tried_embedder(settings: Settings) -> Embedder:
+    """Return an embedder that could be opened, and is closed again."""
+    embedder = await open_embedder(settings)
+    await embedder.close()
+    return embedder
+
+
+async def _check(settings: Settings, trying: asyncio.Task[Embedder]) -> None:
     """Raise what would keep the workers from starting, before there are any."""
-    async with open_service(settings):
-        pass
+    async with open_client(settings) as client:
+        await check_server(client)
+        await load_libraries(client)
+        await claim(client, await trying)
 
 
 def _is_loopback(host: str) -> bool:
