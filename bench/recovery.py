@@ -46,7 +46,7 @@ from redismem.types import MemoryInput, SearchRequest
 
 SEED = 5
 USERS, QUICK_USERS, MEMORIES = 1_000, 100, 100
-LARGE, QUICK_LARGE = 50_000, 2_000
+LARGE, QUICK_LARGE = 20_000, 2_000
 RUNS = 3
 BAR_S = 10
 POLL_S, PATIENCE_S = 0.01, 900
