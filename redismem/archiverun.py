@@ -13,11 +13,13 @@ only files of lower numbers that it has replaced: one that was stopped for howev
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
+from redismem import filters
 from redismem.archivefiles import Files, runs_of
 from redismem.archivelines import PART, Copy, Draft, Line, Manifest, line_of
 from redismem.client import Argument, Client
@@ -215,17 +217,14 @@ async def check_found(client: Client, owner: Owner, quarter: str, missing: set[s
 
 
 def quarter_number(quarter: str) -> int:
-    """Return the number of a quarter's name, 4 * year + 0 to 3.
+    """Return the number of a quarter that somebody named.
 
     Raises:
         InvalidInput: it is not like `2024-Q1`.
     """
-    year, found, part = quarter.partition("-Q")
-    if not (
-        found and len(year) == 4 and year.isdecimal() and year.isascii() and part in ("1", "2", "3", "4")
-    ):
+    if not re.fullmatch(r"[0-9]{4}-Q[1-4]", quarter):
         raise InvalidInput("a quarter is like 2024-Q1", field="quarter")
-    return 4 * int(year) + int(part) - 1
+    return filters.quarter_number(quarter)
 
 
 def records(lines: Sequence[Line]) -> list[Argument]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
-import time
 from collections.abc import Iterator
 
 import msgspec
@@ -115,14 +114,13 @@ class Warmer:
 
     async def _recent(self) -> list[Owner]:
         """Return the most recently active users, the latest first."""
-        started, known, page = time.perf_counter(), list[tuple[float, str, Owner]](), list[Owner]()
+        known, page = list[tuple[float, str, Owner]](), list[Owner]()
         async for owner in owners(self._client):
             page.append(owner)
             if len(page) == _PAGE:
                 known += await self._used(page)
                 page = []
         known += await self._used(page)
-        logger.debug("%d users in %.2f s", len(known), time.perf_counter() - started)
         return [owner for _, _, owner in heapq.nlargest(self._users, known)]
 
     async def _used(self, page: list[Owner]) -> list[tuple[float, str, Owner]]:

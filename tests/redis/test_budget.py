@@ -49,6 +49,11 @@ async def test_a_goal_that_is_not_met_searches_everything(service: Service, hot:
     assert (await search(service, hot, "another thing 7", min_results=2)).memories[0].id == "m7"
 
 
+async def test_one_excellent_memory_is_not_two_good_ones(service: Service, hot: Owner) -> None:
+    found = await search(service, hot, EXACT, min_results=2)
+    assert (found.skipped, found.total) == ([], 62)
+
+
 async def test_the_turns_of_the_session_are_looked_at_first(service: Service, hot: Owner) -> None:
     without = await search(service, hot, "dogs bark at night", min_results=1)
     assert without.skipped == []

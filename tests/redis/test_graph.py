@@ -189,6 +189,14 @@ async def grown(service: Service, owner: Owner, most: int) -> None:
         ids = ids[done:]
 
 
+async def test_a_graph_that_misses_vectors_is_not_switched_to(service: Service, large: Owner) -> None:
+    await begun(service, large)
+    await grown(service, large, COUNT - 1)
+    keys = [large.index, large.meta, *large.graphs]
+    assert await service.functions.call("rm_graph_switch_v1", keys) == [b"SHORT", COUNT - 1, COUNT]
+    assert await plan_of(service, large) == Plan(index="flat")
+
+
 @pytest.mark.parametrize("reached", [0, 1, COUNT // 2, COUNT])
 async def test_a_build_that_was_left_anywhere_goes_on(service: Service, large: Owner, reached: int) -> None:
     assert await begun(service, large) == b"STARTED"

@@ -107,6 +107,15 @@ async def test_an_index_dropped_while_it_was_filled_is_filled_again(
     assert (found.total, found.partial) == (COUNT, False)
 
 
+async def test_an_overtaken_fill_does_not_declare_the_index_whole(service: Service, owner: Owner) -> None:
+    await filled(service, owner, 3)
+    await service.client.execute("HSET", owner.meta, "index_state", "filling:2")
+    assert await service.functions.call("rm_filled_v1", [owner.meta], "filling:1") == b"STALE"
+    assert await state(service, owner) == b"filling:2"
+    assert await service.functions.call("rm_filled_v1", [owner.meta], "filling:2") == b"OK"
+    assert await state(service, owner) is None
+
+
 async def test_a_filling_that_died_is_taken_up_by_the_next_reader(service: Service, owner: Owner) -> None:
     await filled(service, owner, 50)
     await service.indexes.park(owner, FUTURE_S)
