@@ -1,11 +1,11 @@
 #!lua name=redismem_cache
--- Version: 2
+-- Version: 3
 -- Counts which of one owner's memories are used, and keeps the hot ones: the hot set, and nothing else.
 --
 -- Functions (KEYS -> ARGV -> reply)
---   rm_touch_v1  hot hits [meta] | prefix now_ms ttl_ms capacity, (id count) …
+--   rm_touch_v1  hot hits [meta used] | prefix now_ms ttl_ms capacity, (id count) …
 --                -> OK touched evicted: adds count to the accesses of each memory that still exists, and sets
---                its last access, and last_read in meta, to now_ms; then evicts every id that was not used for longer than ttl_ms and,
+--                its last access, and last_read in meta, to now_ms, the access in used for good; then evicts every id that was not used for longer than ttl_ms and,
 --                until capacity remain, the lowest access_count / max(1, seconds since the last access),
 --                the lower id first of equals
 --
@@ -112,13 +112,14 @@ local function remove(hot, hits, ids)
 end
 
 local function touch(keys, args)
-  local hot, hits, meta, prefix = keys[1], keys[2], keys[3], args[1]
+  local hot, hits, meta, used, prefix = keys[1], keys[2], keys[3], keys[4], args[1]
   local now_ms, ttl_ms = whole(args[2], 1, 1e14), whole(args[3], 1, 1e13)
   local capacity, ids, uses = whole(args[4], 1, 1e6), uses_of(args)
   if not (hits and now_ms and ttl_ms and capacity and ids) then
     return misuse('rm_touch hot hits | prefix now_ms ttl_ms capacity, at most 1,000 of (id count)')
   end
-  local wrong = wrong_type(hot, 'zset') or wrong_type(hits, 'hash')
+  local wrong = wrong_type(hot, 'zset') or wrong_type(hits, 'hash') or meta and wrong_type(meta, 'hash')
+    or used and wrong_type(used, 'zset')
   if wrong then return wrong end
   ids = existing(prefix, ids)
 
@@ -128,9 +129,9 @@ local function touch(keys, args)
   remove(hot, hits, cold)
   local victims = surplus(hot, hits, now_ms, capacity)
   remove(hot, hits, victims)
-  if meta and redis.call('TYPE', meta).ok == 'hash' then
-    redis.call('HSET', meta, 'last_read', string.format('%.3f', now_ms / 1000))
-  end
+  local now_s = string.format('%.3f', now_ms / 1000)
+  if meta and redis.call('EXISTS', meta) == 1 then redis.call('HSET', meta, 'last_read', now_s) end
+  for _, id in ipairs(used and ids or {}) do redis.call('ZADD', used, now_s, id) end
   redis.call('PEXPIRE', hot, string.format('%.0f', ttl_ms))
   redis.call('PEXPIRE', hits, string.format('%.0f', ttl_ms))
   return { 'OK', #ids, #cold + #victims }

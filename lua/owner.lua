@@ -1,5 +1,5 @@
 #!lua name=redismem_owner
--- Version: 1
+-- Version: 2
 -- Makes, parks and removes what one owner has as a whole: the exact index, its alias, every key.
 --
 -- Functions (KEYS -> ARGV -> reply)
@@ -11,7 +11,8 @@
 --                 -> GONE | BUSY | OK: drops the indexes of an owner who was not read or written since; the
 --                 memories stay, and the next read or write finds NOINDEX
 --   rm_forget_v1  alias meta ids log turns … | prefix limit, every index the owner may have …
---                 -> OK memories keys done(0/1); removes memories, then all KEYS; call again until done
+--                 -> OK memories keys done(0/1); removes what is derived (where the further KEYS are those of
+--                 Owner.forgotten), then memories, then all KEYS; call again until done
 --
 -- Complexity: O(1); rm_forget O(limit). Derived keys: prefix .. id.
 -- Storage: meta hash, here: index, algorithm (FLAT, or HNSW while there is a graph), vector_field, embedder, dim,
@@ -63,11 +64,21 @@ local function chill(keys, args)
   return 'OK'
 end
 
+-- summaries and topics have a key each; returns how many went
+local function drop_derived(keys)
+  local topics, summaries, summary, cluster, count = keys[18], keys[19], keys[20], keys[21], 0
+  if not cluster then return 0 end
+  for _, name in ipairs(redis.pcall('ZRANGE', summaries, 0, -1)) do count = count + redis.call('UNLINK', summary .. name) end
+  for _, name in ipairs(redis.pcall('ZRANGE', topics, 0, -1)) do count = count + redis.call('UNLINK', cluster .. name) end
+  return count + redis.call('UNLINK', unpack(keys, 12, 19))
+end
+
 local function forget(keys, args)
   local alias, ids, prefix, limit = keys[1], keys[3], args[1], whole(args[2], 1, 1000)
   if not (keys[5] and limit and args[3]) then return misuse('rm_forget alias meta ids log turns | …') end
   local wrong = wrong_type(ids, 'zset')
   if wrong then return wrong end
+  local derived = drop_derived(keys)
 
   local victims = redis.call('ZRANGE', ids, 0, limit - 1)
   if #victims == 0 then
@@ -83,7 +94,7 @@ local function forget(keys, args)
   end
 
   for i = 3, #args do redis.pcall('FT.DROPINDEX', args[i]) end
-  return { 'OK', 0, redis.call('UNLINK', unpack(keys, 2)), 1 }
+  return { 'OK', 0, derived + redis.call('UNLINK', unpack(keys, 2)), 1 }
 end
 
 redis.register_function('rm_open_v1', open)

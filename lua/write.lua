@@ -1,5 +1,5 @@
 #!lua name=redismem_write
--- Version: 3
+-- Version: 4
 -- Changes one owner's memories, and everything made from them, in one step.
 --
 -- Functions (KEYS -> ARGV -> reply); put, update, delete, correct: with the further KEYS searches hot hits,
@@ -19,7 +19,7 @@
 --                  -> OK generation stale [DELETED or MISSING an id]
 --   rm_correct_v1  meta ids log turns | prefix now_ms embedder dim log_length count old ids …, one record
 --                  -> NOINDEX | MISSING id | TAKEN id | CREATED or UNCHANGED generation version embedded stale
---   rm_embed_v1    meta ids turns [graph0 graph1] | prefix now_ms embedder dim,
+--   rm_embed_v1    meta ids turns [graph0 graph1 derived …] | prefix now_ms embedder dim,
 --                  (id content_hash prev_id prev_hash vector) …
 --                  -> a word an id: OK STALE MISSING REFUSED, WAITING as above
 --   A record is: id kind prev_id prev_hash created_at speaker fields, (field value) …; kind is
@@ -52,6 +52,7 @@ local FEW_IDS = 4
 local GRAPH_ADDS = 4
 
 -- part: check
+-- part: derived
 
 -- check ---------------------------------------------------------------------------------------
 
@@ -59,7 +60,7 @@ local function wrong_types(ctx, ids)
   local wrong = wrong_type(ctx.meta, 'hash') or wrong_type(ctx.ids, 'zset') or wrong_type(ctx.turns, 'hash')
     or (ctx.log and wrong_type(ctx.log, 'stream')) or (ctx.searches and wrong_type(ctx.searches, 'hash'))
     or (ctx.hot and wrong_type(ctx.hot, 'zset')) or (ctx.hits and wrong_type(ctx.hits, 'hash'))
-    or (ctx.archived and wrong_type(ctx.archived, 'zset'))
+    or (ctx.archived and wrong_type(ctx.archived, 'zset')) or wrong_derived(ctx.derived, ctx.prefix)
   for _, id in ipairs(ids) do wrong = wrong or wrong_type(ctx.prefix .. id, 'hash') end
   return wrong
 end
@@ -82,8 +83,9 @@ end
 local function context_of(keys, args, log_length)
   local ctx = {
     meta = keys[1], ids = keys[2], log = keys[3], turns = keys[4], searches = keys[5], hot = keys[6],
-    hits = keys[7], graph_keys = { keys[8], keys[9] }, archived = keys[10], adds = 0, prefix = args[1], now_ms = whole(args[2], 1, 1e14), embedder = args[3],
-    dim = whole(args[4], 1, 65536), log_length = log_length or args[5],
+    hits = keys[7], graph_keys = { keys[8], keys[9] }, archived = keys[10], derived = derived_keys(keys, 11), adds = 0,
+    prefix = args[1], now_ms = whole(args[2], 1, 1e14), embedder = args[3], dim = whole(args[4], 1, 65536),
+    log_length = log_length or args[5],
   }
   return ctx.turns and ctx.now_ms and (log_length or ctx.dim) and whole(ctx.log_length, 1, 2 ^ 53) and ctx or nil
 end
@@ -157,6 +159,7 @@ local function drop_successor(ctx, id, stale)
   if after ~= '' then
     redis.call('HDEL', ctx.prefix .. after, 'embedding', 'embedding_next', 'embedder', 'embedder_next')
     drop_from_graphs(ctx, after)
+    if ctx.derived then unlink_similar(ctx, after) end
     stale[#stale + 1] = after
   end
 end
@@ -219,7 +222,7 @@ end
 -- what a rewrite removes unless it sets it; other services' own fields stay
 local CONTENT = { 'words', 'day', 'topics', 'entities', 'session_id', 'event_date', 'metadata', 'metadata_tags' }
 local ORIGIN = { 'superseded_by', 'sources' }
-local VECTOR = { 'embedding', 'embedding_next', 'embedder', 'embedder_next' }
+local VECTOR = { 'embedding', 'embedding_next', 'embedder', 'embedder_next', 'cluster' }
 
 local function write_record(ctx, record, version, created_at, removed)
   local key, values, flat, gone = ctx.prefix .. record.id, record.values, {}, {}
@@ -267,10 +270,12 @@ local function put_one(ctx, record, stale)
   local version = bump(ctx)
   local created_at = moment(old[5]) or moment(record.created_at) or next_created_at(ctx)
   relink(ctx, record, values.superseded_by, stale)
+  local was_archived = ctx.archived and redis.call('ZREM', ctx.archived, record.id) == 1
+  if there or was_archived then unmake(ctx, record.id) end
   local embedded = write_record(ctx, record, version, created_at, there and { CONTENT, ORIGIN, VECTOR } or {})
+  note_written(ctx, record.id, values, embedded == 1)
   drop_successor(ctx, record.id, stale)
   if values.superseded_by then redis.call('HSET', ctx.meta, 'superseded', 1) end
-  if ctx.archived then redis.call('ZREM', ctx.archived, record.id) end
   log(ctx, there and 'updated' or 'created', record.id, version)
   return there and 'UPDATED' or 'CREATED', version, embedded
 end
@@ -295,6 +300,7 @@ end
 local function drop_hot(ctx, ids)
   if ctx.hot and #ids > 0 then redis.call('ZREM', ctx.hot, unpack(ids)) end
   if ctx.hits and #ids > 0 then redis.call('HDEL', ctx.hits, unpack(ids)) end
+  if ctx.derived and #ids > 0 then redis.call('ZREM', ctx.derived.used, unpack(ids)) end
 end
 
 -- functions -----------------------------------------------------------------------------------
@@ -329,7 +335,8 @@ local function update(keys, args)
   if not (ctx and record and expected) then return misuse('rm_update meta ids log turns | …') end
   local wrong = wrong_types(ctx, { record.id })
   if wrong then return wrong end
-  local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'version', 'created_at', 'superseded_by')
+  local old = redis.call('HMGET', ctx.prefix .. record.id, 'text', 'version', 'created_at', 'superseded_by',
+    'importance')
   if not old[1] then return { 'MISSING' } end
   local refusal = unready(ctx, { record })
   if refusal then return refusal end
@@ -339,7 +346,12 @@ local function update(keys, args)
   local keep = minor or record.kind == 'keep'
   relink(ctx, record, old[4], stale)
   local created_at = moment(old[3]) or next_created_at(ctx)
+  if not minor then unmake(ctx, record.id) end
+  -- what decays is what the caller gave last
+  if old[5] ~= record.values.importance then redis.call('HDEL', ctx.prefix .. record.id, 'base_importance') end
   local embedded = write_record(ctx, record, version, created_at, keep and { CONTENT } or { CONTENT, VECTOR })
+  record.values.superseded_by = old[4] or nil
+  note_written(ctx, record.id, record.values, embedded == 1)
   if not keep then drop_successor(ctx, record.id, stale) end
   if not minor then drop_searches(ctx, { record.id }) end
   log(ctx, 'updated', record.id, version)
@@ -356,6 +368,7 @@ local function delete(keys, args)
   for i, id in ipairs(ids) do
     outcomes[i] = 'MISSING'
     unlink(ctx, id, stale)
+    unmake(ctx, id)
     drop_from_graphs(ctx, id)
     local archived = ctx.archived and redis.call('ZREM', ctx.archived, id) or 0
     if redis.call('DEL', ctx.prefix .. id) + archived > 0 then
@@ -402,6 +415,7 @@ local function correct(keys, args)
       stale[#stale + 1] = id
     end
     unlink(ctx, id, stale)
+    unmake(ctx, id)
     drop_from_graphs(ctx, id)
     version = bump(ctx)
     redis.call('HSET', ctx.prefix .. id, 'superseded_by', record.id, 'version', version,
@@ -420,6 +434,7 @@ local function embed(keys, args)
   local ctx = {
     meta = keys[1], ids = keys[2], turns = keys[3], graph_keys = { keys[4], keys[5] }, adds = 0,
     prefix = args[1], now_ms = whole(args[2], 1, 1e14), embedder = args[3], dim = whole(args[4], 1, 65536),
+    derived = derived_keys(keys, 6),
   }
   if not (ctx.turns and ctx.now_ms and ctx.dim) or (#args - 4) % 5 ~= 0 then
     return misuse('rm_embed meta ids turns | prefix now_ms embedder dim, …')
@@ -449,8 +464,11 @@ local function embed(keys, args)
       local created_at = moment(raw[3]) or next_created_at(ctx)
       redis.call('HSET', key, ctx.vector_field, args[i + 4], 'embedder', ctx.embedder, 'pk', id,
         'created_at', created_at)
-      redis.call('ZADD', ctx.ids, 'NX', created_at, id)
-      if not raw[4] then add_to_graphs(ctx, id, args[i + 4]) end
+      local is_new = redis.call('ZADD', ctx.ids, 'NX', created_at, id) == 1
+      if not raw[4] then
+        add_to_graphs(ctx, id, args[i + 4])
+        note_embedded(ctx, id, is_new)
+      end
       words[#words + 1], written = 'OK', true
     end
   end

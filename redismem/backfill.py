@@ -89,7 +89,7 @@ class Backfill:
         while todo:  # a call takes a few vectors of a large owner, and leaves the rest waiting
             words = await self._functions.call(
                 "rm_embed_v1",
-                [owner.meta, owner.ids, owner.turns, *owner.graphs],
+                [owner.meta, owner.ids, owner.turns, *owner.graphs, *owner.derived],
                 *(owner.memory_prefix, int(time.time() * 1000), self._embedder.name, self._embedder.dim),
                 *(part for row, vector in todo for part in (*row.key, vector_bytes(vector))),
             )

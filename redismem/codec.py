@@ -17,6 +17,7 @@ from redismem.fields import MAX_METADATA_BYTES
 from redismem.filters import Filters
 from redismem.query import epoch, filtered_quarters, metadata_tags, packed_tags, unpacked_tags
 from redismem.types import Memory, MemoryInput, SearchRequest
+from redismem.weights import default_importance
 from redismem.words import day_words, extra_words
 
 #: what a reader fetches, in the order `memory_from_raw` expects
@@ -28,6 +29,9 @@ READ_FIELDS = (
 
 #: part of every cached search's digest: bumped when the same request may rank differently
 RANKING = 2
+
+# stands in content hashes for an importance that nobody gave
+_UNSAID = 0.5
 
 # values a hash written by another service may lack
 _UNSET_MOMENT = datetime.fromtimestamp(0, UTC)
@@ -45,7 +49,7 @@ def memory_fields(memory: MemoryInput, now_s: float) -> dict[str, str | bytes]:
     fields: dict[str, str | bytes] = {
         "text": memory.text,
         "memory_type": memory.memory_type,
-        "importance": repr(memory.importance),
+        "importance": repr(_importance(memory)),
         "confidence": repr(memory.confidence),
         "pinned": "1" if memory.pinned else "0",
         "content_hash": content_hash(memory),
@@ -69,12 +73,21 @@ def memory_fields(memory: MemoryInput, now_s: float) -> dict[str, str | bytes]:
     return fields
 
 
+def _importance(memory: MemoryInput) -> float:
+    if memory.importance is None:
+        return default_importance(memory.memory_type, memory.text, memory.pinned)
+    return memory.importance
+
+
 def content_hash(memory: MemoryInput) -> str:
     """Return 26 characters that two memories share exactly when a writer gave the same content."""
     moment = format(epoch(memory.event_date), ".6f") if memory.event_date else None
+    # what was exported with the importance that nobody gave is what was written without one
+    usual = default_importance(memory.memory_type, memory.text, memory.pinned)
+    importance = _UNSAID if memory.importance in (None, usual) else memory.importance
     content = [
         *(memory.text, memory.memory_type, sorted(memory.topics), sorted(memory.entities)),
-        *(memory.session_id, moment, memory.importance, memory.confidence, memory.pinned),
+        *(memory.session_id, moment, importance, memory.confidence, memory.pinned),
         msgspec.json.encode(memory.metadata, order="deterministic"),
     ]
     return _digest(msgspec.msgpack.encode(content))

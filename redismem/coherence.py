@@ -41,7 +41,16 @@ from redis.asyncio.connection import Connection, parse_url
 
 from redismem.client import Client, translated
 from redismem.errors import RedisMemError
-from redismem.keys import COHERENCE_CHANNEL, LEASES, MEMORY_PREFIX, Owner, split_memory_key
+from redismem.keys import (
+    COHERENCE_CHANNEL,
+    LEASES,
+    MEMORY_PREFIX,
+    PROFILE_ID,
+    PROFILE_PREFIX,
+    Owner,
+    split_memory_key,
+    split_profile_key,
+)
 from redismem.l1 import L1, Entry
 from redismem.rules import RULES, Event
 from redismem.settings import MAX_LEASE_S
@@ -109,6 +118,8 @@ class Coherence:
         self.id = secrets.token_hex(6)
         #: told what L1 held before a change whose rule re-warms
         self.rewarm: Callable[[list[Entry]], None] = lambda _: None
+        #: told owner tag and id of each memory that Redis says was written
+        self.on_push: Callable[[str, str], None] = lambda _tag, _id: None
         self._client = client
         self._l1 = l1
         self._lease_s = lease_s
@@ -265,7 +276,8 @@ class Coherence:
             await connection.connect()
             facts = await command("INFO", "server", "persistence")
             own_id = await command("CLIENT", "ID")
-            await command("CLIENT", "TRACKING", "ON", "REDIRECT", own_id, "BCAST", "PREFIX", MEMORY_PREFIX)
+            prefixes = ("PREFIX", MEMORY_PREFIX, "PREFIX", PROFILE_PREFIX)
+            await command("CLIENT", "TRACKING", "ON", "REDIRECT", own_id, "BCAST", *prefixes)
             channels = (_INVALIDATE.decode(), COHERENCE_CHANNEL, self._channel(self.id))
             await connection.send_command("SUBSCRIBE", *channels, check_health=False)
             confirmed = 0
@@ -315,8 +327,12 @@ class Coherence:
             return
         self.counts["pushes"] += len(keys)
         for raw in keys:
-            if found := split_memory_key(raw.decode("utf-8", "replace")):
+            key = raw.decode("utf-8", "replace")
+            if found := split_memory_key(key):
                 self._l1.invalidate(found[0], (found[1],))
+                self.on_push(*found)
+            elif tag := split_profile_key(key):
+                self._l1.invalidate(tag, (PROFILE_ID,))
 
     def _drop(self, tag: str, ids: Iterable[str] | None) -> None:
         if ids is None:

@@ -95,7 +95,7 @@ class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=Tr
     """Conditions that all hold. A list of names means any of them.
 
     `partition` is the quarter of `event_date`, or of the writing where there is none.
-    `metadata` compares top-level scalar values for equality. `superseded` hides memories that a
+    `cluster` is the id of a topic, or `uncategorized`. `metadata` compares top-level scalar values for equality. `superseded` hides memories that a
     correction replaced unless it says otherwise.
     """
 
@@ -103,6 +103,7 @@ class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=Tr
     topics: TagFilter | None = None
     entities: TagFilter | None = None
     session_id: Name | AnyOf | None = None
+    cluster: Name | AnyOf | None = None
     partition: Partition | Partitions | PartitionRange | None = None
     importance: NumberRange | None = None
     confidence: NumberRange | None = None
@@ -114,7 +115,7 @@ class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=Tr
     superseded: Literal["exclude", "include", "only"] = "exclude"
 
     def __post_init__(self) -> None:
-        for name in ("topics", "entities", "session_id"):
+        for name in ("topics", "entities", "session_id", "cluster"):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, checked_name(value, name))

@@ -14,7 +14,7 @@ from contextlib import suppress
 from redismem.client import Client
 from redismem.embed import Embedder
 from redismem.errors import RedisMemError
-from redismem.keys import VECTOR_FIELDS, Owner
+from redismem.keys import TAG_SEPARATOR, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
 from redismem.query import index_schema
 
@@ -76,6 +76,17 @@ class Indexes:
         """
         outcome = await self._functions.call("rm_chill_v1", [owner.meta, *owner.graphs], repr(idle_before_s))
         return bool(outcome == b"OK")
+
+    async def extend(self, owner: Owner) -> None:
+        """Let the owner's index know topics; one that was made before there were any does not.
+
+        Redis scans its keys then, in the background and once an index.
+        """
+        info = await self._functions.client.execute("FT.INFO", owner.index)
+        facts = dict(zip(info[::2], info[1::2], strict=True))
+        if not any(b"cluster" in attribute for attribute in facts[b"attributes"]):
+            tag = ("TAG", "SEPARATOR", TAG_SEPARATOR, "CASESENSITIVE")
+            await self._functions.client.execute("FT.ALTER", owner.index, "SCHEMA", "ADD", "cluster", *tag)
 
     async def close(self) -> None:
         """Stop filling; whoever reads next goes on."""

@@ -38,6 +38,32 @@ VECTOR_FIELDS = ("embedding", "embedding_next")
 
 META_PATTERN = "redismem:meta:*"
 
+PROFILE_PREFIX = "redismem:profile:"
+
+#: stands for the profile where L1 is told which memories changed; no memory has such an id
+PROFILE_ID = "\0profile"
+
+#: jobs that may start: stream, read by the consumer group JOB_GROUP; an entry's `job` is "<owner tag> <kind>"
+JOBS, JOB_GROUP = "redismem:jobs", "workers"
+
+#: jobs that wait: zset of job -> ms from which it may start
+JOBS_LATER = "redismem:jobs:later"
+
+#: hash of jobs that are in the stream -> id of their entry
+JOBS_LIVE = "redismem:jobs:live"
+
+#: zset of jobs that were done lately -> ms until which they rest, so that long ones do not follow each other
+JOBS_REST = "redismem:jobs:rest"
+
+#: hash of jobs that failed -> how often, and the last error
+JOBS_TRIES = "redismem:jobs:tries"
+
+#: hash of dead letters: jobs that failed too often -> when, how often and why, as JSON
+JOBS_DEAD = "redismem:jobs:dead"
+
+#: hash of memory types -> weights by age in days, as JSON; lua/derive.lua decays importance by it
+WEIGHTS = "redismem:weights"
+
 
 def embedding_key(model: str, digest: str) -> str:
     """Return the key of a cached query vector; `digest` is hexadecimal."""
@@ -51,6 +77,12 @@ def split_memory_key(key: str) -> tuple[str, str] | None:
     if rest == key or not found or not tag.startswith("{"):
         return None
     return tag[1:], memory_id
+
+
+def split_profile_key(key: str) -> str | None:
+    """Return the owner tag of a profile's key; None for any other."""
+    rest = key.removeprefix(PROFILE_PREFIX)
+    return rest[1:-1] if rest != key and rest.startswith("{") and rest.endswith("}") else None
 
 
 def _encoded(part: str) -> str:
@@ -143,7 +175,74 @@ class Owner:
         return f"redismem:hits:{{{self.tag}}}"
 
     @property
+    def profile(self) -> str:
+        return f"{PROFILE_PREFIX}{{{self.tag}}}"
+
+    @property
+    def summary_prefix(self) -> str:
+        """Of summaries; `<kind>:<name>` follows."""
+        return f"redismem:summary:{{{self.tag}}}:"
+
+    @property
+    def cluster_prefix(self) -> str:
+        """Of topics; their number follows."""
+        return f"redismem:cluster:{{{self.tag}}}:"
+
+    @property
+    def topics(self) -> str:
+        """Numbers of topics by their size."""
+        return f"redismem:topics:{{{self.tag}}}"
+
+    @property
+    def summarized(self) -> str:
+        """Names of summaries by when they were made."""
+        return f"redismem:summaries:{{{self.tag}}}"
+
+    @property
+    def centroids(self) -> str:
+        """Vector set of the topics' centroids, for searches of the nearest topics."""
+        return f"redismem:centroids:{{{self.tag}}}"
+
+    @property
+    def similar(self) -> str:
+        """Similarity edges of memories."""
+        return f"redismem:similar:{{{self.tag}}}"
+
+    @property
+    def fresh(self) -> str:
+        """Ids of memories whose edges are to be made."""
+        return f"redismem:fresh:{{{self.tag}}}"
+
+    @property
+    def used(self) -> str:
+        """Last access of memories, epoch s; unlike `hot` for good."""
+        return f"redismem:used:{{{self.tag}}}"
+
+    @property
+    def conflicts(self) -> str:
+        """Pairs that seem to be duplicates or contradictions."""
+        return f"redismem:conflicts:{{{self.tag}}}"
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """KEYS of the part `derived` of our Functions, in their order; two are prefixes of keys."""
+        made = f"redismem:made:{{{self.tag}}}"
+        edges = self.similar, self.conflicts, self.fresh, self.used
+        prefixes = self.summary_prefix, self.cluster_prefix
+        return (made, self.profile, *edges, self.topics, self.summarized, *prefixes, JOBS_LATER)
+
+    @property
     def written(self) -> tuple[str, ...]:
         """KEYS of the Functions that write memories (lua/write.lua), in their order."""
         caches = self.searches, self.hot, self.hits
-        return (self.meta, self.ids, self.log, self.turns, *caches, *self.graphs, self.archived)
+        own = self.meta, self.ids, self.log, self.turns, *caches, *self.graphs, self.archived
+        return (*own, *self.derived)
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """KEYS of rm_forget (lua/owner.lua), in their order: everything of the owner but memories and indexes."""
+        return (*self.written[:-1], self.centroids)
+
+    def job(self, kind: str) -> str:
+        """Return the name of a job for this owner."""
+        return f"{self.tag} {kind}"

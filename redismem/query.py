@@ -24,6 +24,7 @@ from redismem.filters import (
     quarter_name,
     quarter_number,
 )
+from redismem.periods import bounds
 from redismem.keys import NO_SEPARATOR, TAG_SEPARATOR, Owner
 
 _ESCAPED = re.compile(r"([^0-9A-Za-z\x80-\U0010ffff])")
@@ -101,7 +102,7 @@ def filter_query(filters: Filters) -> str:
     if filters.superseded != "include":
         negation = "-" if filters.superseded == "only" else ""
         parts.append(f"{negation}ismissing(@superseded_by)")
-    for name in ("memory_type", "session_id"):
+    for name in ("memory_type", "session_id", "cluster"):
         value = getattr(filters, name)
         if value is not None:
             parts.append(_any_of(name, [value] if isinstance(value, str) else value))
@@ -118,6 +119,24 @@ def filter_query(filters: Filters) -> str:
     if filters.pinned is not None:
         parts.append(_any_of("pinned", ["1" if filters.pinned else "0"]))
     return " ".join(parts) or "*"
+
+
+def source_query(kind: str, name: str) -> str:
+    """Return the query of memories that a summary may be made from.
+
+    Args:
+        kind: see `views.SummaryKind`. A period's query also finds what was written then about another time.
+        name: a topic's number, a period, or an entity as a TAG field holds it.
+
+    Raises:
+        InvalidInput: a period that is not written as one.
+    """
+    if kind in ("topic", "entity"):
+        found = _any_of("cluster" if kind == "topic" else "entities", [name])
+    else:
+        first, end = bounds(kind, name)
+        found = f"(@event_date:[{first} ({end}])|(@created_at:[{first} ({end}])"
+    return f"({found}) ismissing(@superseded_by)"
 
 
 def filtered_quarters(partition: str | list[str] | PartitionRange) -> list[str]:
@@ -176,7 +195,7 @@ def index_schema(owner: Owner, vector_field: str, dim: int) -> list[str]:
         *["superseded_by", *one_value, "INDEXMISSING"],
         *["topics", *many_values, "entities", *many_values, "metadata_tags", *many_values],
         *["created_at", "NUMERIC", "SORTABLE", "updated_at", "NUMERIC", "event_date", "NUMERIC"],
-        *["importance", "NUMERIC", "confidence", "NUMERIC", "partition", *one_value],
+        *["importance", "NUMERIC", "confidence", "NUMERIC", "partition", *one_value, "cluster", *many_values],
         *[vector_field, "AS", "embedding", "VECTOR", "FLAT", "8"],
         *["TYPE", "FLOAT16", "DIM", str(dim), "DISTANCE_METRIC", "COSINE", "BLOCK_SIZE", "64"],
         "INDEXMISSING",

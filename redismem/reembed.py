@@ -57,7 +57,7 @@ class Reembedder:
         if raw[1].decode() != self._embedder.name:
             made = await self._switch(owner, raw[2].decode())
         await self._settle(owner)
-        return made + await self._fill(owner)
+        return made + await self.fill(owner)
 
     async def _adopt(self, owner: Owner) -> None:
         """List what other services wrote: everything below walks the list of ids."""
@@ -133,7 +133,7 @@ class Reembedder:
         await self._drop(owner.physical_index(old_field))
         await self._client.execute("HDEL", owner.meta, "next_embedder")
 
-    async def _fill(self, owner: Owner) -> int:
+    async def fill(self, owner: Owner) -> int:
         """Give a vector to every memory without one, those of other services included."""
         made, before = 0, -1
         while True:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -14,11 +15,13 @@ from redismem.backfill import Backfill
 from redismem.browse import Browser
 from redismem.client import Client
 from redismem.coherence import Coherence
+from redismem.derived import Views
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import EmbedderMismatch, InvalidInput, Unavailable
 from redismem.graph import Graphs
 from redismem.index import Indexes
+from redismem.jobs import Jobs
 from redismem.keys import STORE, Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, load_libraries
@@ -30,6 +33,8 @@ from redismem.tiers import Tiers
 from redismem.touches import Touches
 from redismem.types import SearchReply, SearchRequest, StatsReply
 from redismem.warm import Warmer
+from redismem.worker.assembly import assembled_worker
+from redismem.worker.worker import Worker
 from redismem.write import Writer
 
 
@@ -52,6 +57,9 @@ class Service:
     coherence: Coherence
     touches: Touches
     archive: Archive
+    jobs: Jobs
+    views: Views
+    worker: Worker
     warmer: Warmer
     maintenance: Maintenance
 
@@ -75,7 +83,11 @@ class Service:
         with suppress(Unavailable):
             raw = await self.client.execute("HGET", STORE, "maintenance")
             last = msgspec.json.decode(raw, type=Round) if raw else None
+        jobs: dict[str, Any] = dict(self.worker.counts)
+        with suppress(Unavailable):
+            jobs |= msgspec.structs.asdict(await self.jobs.counts())
         return StatsReply(
+            jobs=jobs,
             process=self.coherence.id,
             indexes=None if last is None else msgspec.to_builtins(last),
             l1=self.l1.stats(),
@@ -86,8 +98,10 @@ class Service:
 
     @asynccontextmanager
     async def kept_up(self) -> AsyncIterator[None]:
-        """Warm up and maintain the store in the background of the block, as a process that serves does."""
+        """Warm up, maintain the store and do its jobs in the background, as a process that serves does."""
         tasks = [asyncio.create_task(self.warmer.start())]
+        if self.settings.worker:
+            tasks.append(asyncio.create_task(self.worker.run()))
         if self.settings.maintain_every_s:
             tasks.append(asyncio.create_task(self.maintenance.run(self.settings.maintain_every_s)))
         try:
@@ -147,10 +161,14 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         browser = Browser(functions)
         reader = Reader(functions, embedder, l1, settings)
         archive = Archive(functions, settings, embedder)
+        jobs = Jobs(functions)
         writer = Writer(
-            functions, embedder, backfill, indexes, archive, coherence, log_length=settings.log_length
+            functions, embedder, backfill, indexes, archive, coherence, jobs, log_length=settings.log_length
         )
-        tiers = Tiers(indexes, embedder, reader, browser, l1, coherence, touches, settings)
+        views = Views(functions, jobs, coherence)
+        worker = assembled_worker(settings, functions, embedder, indexes, jobs, coherence)
+        stack.push_async_callback(worker.close)
+        tiers = Tiers(indexes, embedder, reader, browser, views, l1, coherence, touches, settings)
         stack.push_async_callback(tiers.close)
         graphs = Graphs(functions)
         warmer = Warmer(client, indexes, tiers, coherence, embedder, settings.warm_users)
@@ -171,6 +189,9 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
             coherence=coherence,
             touches=touches,
             archive=archive,
+            jobs=jobs,
+            views=views,
+            worker=worker,
             warmer=warmer,
             maintenance=maintenance,
         )

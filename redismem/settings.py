@@ -103,6 +103,17 @@ class Settings:
     archive_after_quarters: int = 8
     #: seconds between two rounds of maintenance in `serve`; 0: none, `redismem index maintain` does it
     maintain_every_s: float = 60.0
+    #: derived data is made by this process beside serving; 0: only by `redismem worker`
+    worker: bool = True
+    #: days in which the importance of a semantic memory halves when nobody uses it; other types in proportion
+    half_life_days: float = 180.0
+    #: base URL of an OpenAI-compatible endpoint that writes summaries; empty: they are extracted
+    llm_url: str = ""
+    #: its model, and its key
+    llm_model: str = ""
+    llm_key: str = field(default="", repr=False)
+    #: seconds a summary may take until it is extracted instead
+    llm_timeout_s: float = 20.0
     #: users, the most recently active first, whose indexes and hot memories are warm before `serve` is ready
     warm_users: int = 100
 
@@ -124,6 +135,8 @@ class Settings:
                 "'deterministic' gives vectors without meaning and is for tests only; "
                 "use 'minilm', or set REDISMEM_TESTING=1",
             )
+        if self.llm_url and not self.llm_model:
+            raise _wrong("llm_model", "is required with REDISMEM_LLM_URL")
         if self.embedder == "openai" and not (self.embedder_url and self.embedder_model):
             raise _wrong("embedder_url", "and REDISMEM_EMBEDDER_MODEL are required for 'openai'")
         for name, low, high in _RANGES:
@@ -176,6 +189,8 @@ _RANGES = (
     ("archive_after_quarters", 1, 4_000),
     ("maintain_every_s", 0, 86_400),
     ("warm_users", 0, 100_000),
+    ("half_life_days", 1, 36_500),
+    ("llm_timeout_s", 0.1, 600),
     ("max_body_bytes", 1024, 1024**3),
     ("log_length", 1, 10_000_000),
 )

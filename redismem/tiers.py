@@ -21,13 +21,14 @@ import msgspec
 from redismem.browse import Browser
 from redismem.codec import search_digest
 from redismem.coherence import Coherence
+from redismem.derived import Views
 from redismem.embed import Embedder
 from redismem.errors import IndexMissing, RedisMemError, RedisUnavailable
 from redismem.filters import Filters
 from redismem.flight import Abandoned, Flight
 from redismem.found import Found
 from redismem.index import Indexes
-from redismem.keys import Owner
+from redismem.keys import PROFILE_ID, Owner
 from redismem.l1 import L1, Entry, Kind, Ticket
 from redismem.read import Reader
 from redismem.settings import Settings
@@ -46,6 +47,9 @@ REWARMED = 8
 
 #: seconds a read waits for an index that is being filled (10,000 memories); then it answers in part
 PATIENCE_S = 0.15
+
+#: seconds L1 keeps a profile: what makes one stale is pushed, except the clock
+PROFILE_TTL_S = 300.0
 
 _encode = msgspec.json.encode
 _SERVED = b',"served_by":'
@@ -90,6 +94,7 @@ class Tiers:
         embedder: Embedder,
         reader: Reader,
         browser: Browser,
+        views: Views,
         l1: L1,
         coherence: Coherence,
         touches: Touches,
@@ -98,6 +103,7 @@ class Tiers:
         self._indexes = indexes
         self._reader = reader
         self._browser = browser
+        self._views = views
         self._l1 = l1
         self._coherence = coherence
         self._touches = touches
@@ -239,6 +245,31 @@ class Tiers:
             self._l1.close(ticket)
         return len(memories)
 
+    def known_profile(self, owner: Owner) -> Answer | None:
+        """Return a profile from L1, or None."""
+        entry = self._known("profile", owner, PROFILE_ID, 0)
+        return None if entry is None else Answer(_bytes(entry), entry.generation)
+
+    async def profile(self, owner: Owner) -> Answer:
+        """Return a profile; see `Views.profile`."""
+        if known := self.known_profile(owner):
+            return known
+
+        async def compute() -> _Fresh:
+            found = await self._views.profile(owner)
+            body, until = _encode(found.profile), found.profile.valid_until
+            left_s = until.timestamp() - time.time() if until else 0.0
+            ids = (PROFILE_ID, *found.sources)
+            return _Fresh(Answer(body, found.profile.generation), body, ids, min(PROFILE_TTL_S, left_s))
+
+        try:
+            return (await self._once("profile", owner, PROFILE_ID, compute, None, shared=True)).answer
+        except RedisUnavailable:
+            stale = self._stale("profile", owner, PROFILE_ID, 0)
+            if stale is None:
+                raise
+            return Answer(_bytes(stale), stale.generation, stale=True)
+
     async def page(self, owner: Owner, filters: Filters, limit: int, cursor: str | None) -> ListReply:
         """Return memories newest first, from Redis; see `Browser.page`."""
         return await self._repaired(
@@ -301,7 +332,7 @@ class Tiers:
                 del self._flights[place]
 
     def _keep(self, ticket: Ticket, kind: Kind, key: str, fresh: _Fresh, origin: object) -> None:
-        if fresh.ttl_s and self._coherence.is_live():
+        if fresh.ttl_s > 0 and self._coherence.is_live():
             self._l1.fill(
                 ticket,
                 kind,

@@ -83,7 +83,7 @@ class Touches:
         head = owner.memory_prefix, int(self._clock() * 1000), self._ttl_ms, self._capacity
         flat: list[Argument] = [item for pair in counts.items() for item in pair]
         for first in range(0, len(flat), 2 * BATCH):
-            yield [owner.hot, owner.hits, owner.meta], [*head, *flat[first : first + 2 * BATCH]]
+            yield [owner.hot, owner.hits, owner.meta, owner.used], [*head, *flat[first : first + 2 * BATCH]]
 
     async def _run(self) -> None:
         try:

@@ -46,7 +46,8 @@ class MemoryInput(Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     """A memory as its writer gives it.
 
     Without an `id`, the same content twice is one memory. `event_date` is when it happened,
-    `session_id` the conversation it belongs to: turns of one session support each other in search.
+    `session_id` the conversation it belongs to: turns of one session support each other in search. Without an
+    `importance`, type and wording decide; it fades with time, unless the memory is used or `pinned`.
     """
 
     text: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_BYTES)]
@@ -56,7 +57,7 @@ class MemoryInput(Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     entities: Names = field(default_factory=list)
     session_id: Name | None = None
     event_date: datetime | None = None
-    importance: Share = 0.5
+    importance: Share | None = None
     confidence: Share = 1.0
     pinned: bool = False
     metadata: Metadata = field(default_factory=dict)
@@ -378,5 +379,7 @@ class StatsReply(Struct, kw_only=True):
     l2: dict[str, int]
     #: reads that L1 was not asked for (no lease), that joined another's computation, that were stale
     reads: dict[str, int]
+    #: jobs that wait, are late, are being done, fail, are dead; and what this process's worker did
+    jobs: dict[str, Any]
     #: whether L1 may answer, and what the push connection and barriers did
     coherence: dict[str, Any]

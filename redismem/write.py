@@ -28,6 +28,7 @@ from redismem.coherence import Coherence
 from redismem.embed import Embedder
 from redismem.errors import Conflict, InvalidInput, NotFound, StoreError, Unavailable, VersionMismatch
 from redismem.index import Indexes
+from redismem.jobs import Jobs
 from redismem.keys import VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
 from redismem.query import epoch, packed_tags
@@ -107,6 +108,7 @@ class Writer:
         indexes: Indexes,
         archive: Archive,
         coherence: Coherence,
+        jobs: Jobs,
         *,
         log_length: int,
         clock: Callable[[], float] = time.time,
@@ -117,6 +119,7 @@ class Writer:
         self._indexes = indexes
         self._archive = archive
         self._coherence = coherence
+        self._jobs = jobs
         self._browser = Browser(functions)
         self._log_length = log_length
         self._clock = clock
@@ -397,13 +400,14 @@ class Writer:
         while True:
             reply = await self._functions.call(
                 "rm_forget_v1",
-                [owner.index, *owner.written],
+                [owner.index, *owner.forgotten],
                 *(owner.memory_prefix, FORGET_SLICE),
                 *(owner.physical_index(field) for field in VECTOR_FIELDS),
             )
             memories += reply[1]
             if reply[3]:
                 await self._coherence.changed(Event.FORGOTTEN, owner, None)
+                await self._jobs.cancel(owner)
                 # last: a run of the archive that is on its way finds nothing to move any more
                 archived = await self._archive.forget(owner) if has_archive else 0
                 return ForgetReply(memories=memories + archived, keys=memories + reply[2])

@@ -28,6 +28,11 @@ hypothesis.settings.load_profile("redismem")
 SCHEMA = {
     r"redismem:memory:\{[^{}]+\}:.+": True,
     r"redismem:(ids|meta|log|turns|archived):\{[^{}]+\}": True,
+    r"redismem:(made|profile|similar|conflicts|fresh|used|topics|summaries|centroids):\{[^{}]+\}": True,
+    r"redismem:cluster:\{[^{}]+\}:[0-9]+": True,
+    r"redismem:summary:\{[^{}]+\}:(topic|day|week|month|entity):.+": False,
+    r"redismem:jobs(:later|:live|:rest|:tries|:dead)?": True,
+    r"redismem:weights": True,
     r"redismem:graph:\{[^{}]+\}:[01]": True,
     r"redismem:store": True,
     r"redismem:lock:(functions|maintain)": False,

@@ -8,12 +8,13 @@ unrelated ones have a cosine of 0 +- 1/sqrt(dim), which is 0.05 at 384.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redismem.embed.protocol import Vectors
+from redismem.embed.protocol import Vectors, estimated_tokens
 
 _TRIGRAM_WEIGHT = 0.3  # a third of the squared length of a word of 6 letters: stems count, words decide
 
@@ -31,6 +32,10 @@ class DeterministicEmbedder:
         for row, text in zip(vectors, texts, strict=True):
             row[:] = self._vector(text)
         return vectors
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Estimate the tokens of each text; see `Embedder.count_tokens`."""
+        return [estimated_tokens(text) for text in texts]
 
     async def close(self) -> None:
         """Do nothing: there is nothing to free."""

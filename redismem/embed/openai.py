@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -14,7 +15,7 @@ import httpx
 import msgspec
 import numpy as np
 
-from redismem.embed.protocol import Vectors
+from redismem.embed.protocol import Vectors, estimated_tokens
 from redismem.errors import EmbedderUnavailable, Misconfigured
 from redismem.settings import Settings
 
@@ -44,24 +45,12 @@ class OpenAIEmbedder:
     """Embeds by POST {url}/embeddings; made by `open`, bound to the event loop that opened it."""
 
     def __init__(self, settings: Settings) -> None:
-        key = settings.embedder_key
-        if not (key.isascii() and key.isprintable()) or " " in key:  # httpx would quote it in its error
-            raise Misconfigured("REDISMEM_EMBEDDER_KEY has an impossible character.", field="embedder_key")
-        try:
-            url = httpx.URL(settings.embedder_url.rstrip("/") + "/embeddings")
-        except httpx.InvalidURL as exc:
-            raise Misconfigured("REDISMEM_EMBEDDER_URL is not a URL.", field="embedder_url") from exc
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo:  # httpx logs URLs
-            raise Misconfigured(
-                "REDISMEM_EMBEDDER_URL must be http(s)://host/…, without a password.", field="embedder_url"
-            )
+        self._url = endpoint_url(settings.embedder_url, "/embeddings", field="embedder_url")
+        headers = key_headers(settings.embedder_key, field="embedder_key")
         self.name = settings.embedder_model
         self.dim = 0
-        self._url = url
         self._deadline_s = settings.embedder_deadline_s
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=settings.embedder_deadline_s
-        )
+        self._client = httpx.AsyncClient(headers=headers, timeout=settings.embedder_deadline_s)
         self._closed = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -111,6 +100,10 @@ class OpenAIEmbedder:
             if not self._running:
                 self._idle.set()
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Estimate the tokens of each text, without asking; see `Embedder.count_tokens`."""
+        return [estimated_tokens(text) for text in texts]
+
     async def close(self) -> None:
         """Finish what was accepted, then close the connections."""
         self._closed = True
@@ -136,7 +129,7 @@ class OpenAIEmbedder:
                 reason = f"answered {status}"
                 if status not in _RETRIED and status < 500:
                     raise self._unavailable(f"{reason}: {_REMEDIES.get(status, 'it refuses this request')}")
-                asked_s = _asked_delay_s(response.headers.get("Retry-After", ""))
+                asked_s = asked_delay_s(response.headers.get("Retry-After", ""))
             wait_s = max(asked_s, delay_s * random.uniform(0.5, 1.0))  # noqa: S311  # jitter is no secret
             delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
             if asyncio.get_running_loop().time() + wait_s >= until:
@@ -167,7 +160,35 @@ class OpenAIEmbedder:
         return EmbedderUnavailable(f"The embedding endpoint at {self._url.host} {what}.")
 
 
-def _asked_delay_s(header: str) -> float:
+def endpoint_url(url: str, path: str, *, field: str) -> httpx.URL:
+    """Return the URL of `path` below an endpoint's.
+
+    Raises:
+        Misconfigured: the setting `field` is no URL, or holds a password, which would be logged.
+    """
+    try:
+        found = httpx.URL(url.rstrip("/") + path)
+    except httpx.InvalidURL as exc:
+        raise Misconfigured(f"REDISMEM_{field.upper()} is not a URL.", field=field) from exc
+    if found.scheme not in ("http", "https") or not found.host or found.userinfo:  # httpx logs URLs
+        raise Misconfigured(
+            f"REDISMEM_{field.upper()} must be http(s)://host/…, without a password.", field=field
+        )
+    return found
+
+
+def key_headers(key: str, *, field: str) -> dict[str, str]:
+    """Return the header that carries `key`; none for an empty one.
+
+    Raises:
+        Misconfigured: the setting `field` cannot stand in a header.
+    """
+    if not (key.isascii() and key.isprintable()) or " " in key:  # httpx would quote it in its error
+        raise Misconfigured(f"REDISMEM_{field.upper()} has an impossible character.", field=field)
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def asked_delay_s(header: str) -> float:
     """Return the seconds of a Retry-After header, given as seconds or a date; 0 when absent or unreadable."""
     try:
         return max(0.0, float(header))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +46,8 @@ class SentenceTransformerEmbedder:
                 "give a model's name on the hub, or the directory of a saved model.",
                 field="embedder_model",
             ) from exc
+        # A copy: counting sets its limit aside, while the executor's thread relies on the model's own.
+        self._counter = copy.deepcopy(self._model.tokenizer)
         self.name = _name(model)
         self.dim = self._encode([""]).shape[1]
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="redismem-torch")
@@ -63,15 +67,29 @@ class SentenceTransformerEmbedder:
                 raise EmbedderUnavailable(f"The model failed: {type(exc).__name__}.") from exc
         return np.concatenate(parts)
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return the tokens of each text by the model's own tokenizer; see `Embedder.count_tokens`."""
+        if not texts:
+            return []
+        # not verbose: it would warn of texts longer than the model reads
+        found = self._counter(
+            _clean(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False
+        )
+        return [len(ids) for ids in found["input_ids"]]
+
     async def close(self) -> None:
         """Finish the slices that were accepted, then end the thread."""
         self._closed = True
         await asyncio.to_thread(self._executor.shutdown)
 
     def _encode(self, texts: list[str]) -> Vectors:
-        clean = [text.encode("utf-8", "replace").decode() for text in texts]  # no lone surrogates
-        vectors = self._model.encode(clean, normalize_embeddings=True, show_progress_bar=False)
+        vectors = self._model.encode(_clean(texts), normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, np.float32)
+
+
+def _clean(texts: Sequence[str]) -> list[str]:
+    """Return the texts without lone surrogates, which tokenizers refuse."""
+    return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 def _name(model: str) -> str:

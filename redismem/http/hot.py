@@ -1,4 +1,4 @@
-"""Answers searches, and reads of memories that L1 has, before the framework is entered.
+"""Answers searches, and reads of memories and profiles that L1 has, before the framework is entered.
 
 Routing, a Request and a Response cost more than a hit. Whatever is not plainly one of these goes on to the
 application as it came, which checks it and tells what is wrong.
@@ -23,6 +23,7 @@ from redismem.types import SearchRequest
 _USERS = b"/v1/users/"
 _SEARCH = b"/search"
 _MEMORIES = b"/memories/"
+_PROFILE = b"/profile"
 
 _GENERATION = GENERATION_HEADER.lower().encode()
 _JSON = (b"content-type", b"application/json")
@@ -52,6 +53,11 @@ class HotPath:
                     return
                 receive = unread
             elif method == "GET" and path.startswith(_USERS):
+                if path.endswith(_PROFILE):
+                    if await self._profile(path[len(_USERS) : -len(_PROFILE)], scope, send):
+                        return
+                    await self._inner(scope, receive, send)
+                    return
                 user, found, memory = path[len(_USERS) :].partition(_MEMORIES)
                 if found and b"/" not in memory and await self._memory(user, memory, scope, send):
                     return
@@ -95,6 +101,16 @@ class HotPath:
             return False
         etag = b"etag", b'"%d"' % answer.generation
         await _send(answer, request_id_of(scope["headers"]), send, etag)
+        return True
+
+    async def _profile(self, user: bytes, scope: Scope, send: Send) -> bool:
+        try:
+            answer = self._service().tiers.known_profile(self._owner(user))
+        except (ValueError, RedisMemError):
+            return False
+        if answer is None:
+            return False
+        await _send(answer, request_id_of(scope["headers"]), send)
         return True
 
     def _service(self) -> Service:

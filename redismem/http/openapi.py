@@ -12,15 +12,16 @@ import re
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 from inspect import cleandoc, getdoc
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from redismem import errors
 from redismem.fields import MAX_TEXT_BYTES
-from redismem.http.routes import Health
+from redismem.http.routes import Health, Queued
 from redismem.http.table import Operation
 from redismem.types import MAX_BATCH_MEMORIES, BatchReply, Memory
+from redismem.views import SummaryKind
 
 Schema = dict[str, Any]
 
@@ -76,6 +77,7 @@ _RANGE: Schema = {
 #: what `__post_init__` and handlers demand besides the types: schema, or schema.property -> keywords
 _RULES: dict[str, Schema] = {
     "MemoryPatch": {"minProperties": 1},
+    "ProfilePatch": {"minProperties": 1},
     "TagMatch": {
         "anyOf": [
             {"required": [name], "properties": {name: {"minItems": 1}}} for name in ("any", "all", "none")
@@ -121,7 +123,11 @@ _PATH: dict[str, Schema] = {
     "user": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": r"^[^\u0000]+$"},
     "id": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": _STRINGS[1, 256]["pattern"]},
 }
+_PATH["kind"] = {"type": "string", "enum": list(get_args(SummaryKind))}
+_PATH["name"] = _PATH["id"]
 _PATH_TEXT = {
+    "kind": "what is summarised",
+    "name": "a topic's number, a day (2026-11-26), a week (2026-W48), a month (2026-11), or an entity",
     "user": "whose memories; any character but NUL, percent-encoded",
     "id": "the memory's id, percent-encoded",
 }
@@ -174,7 +180,10 @@ _ERROR: Schema = {
 }
 
 #: first segment of a path (below the user) -> tag, where the segment itself is not the tag
-_TAGS = {"": "users", "corrections": "memories", "export": "transfer", "import": "transfer"}
+_TAGS = {
+    **{"": "users", "corrections": "memories", "export": "transfer", "import": "transfer"},
+    **dict.fromkeys(("profile", "topics", "summaries", "conflicts"), "derived"),
+}
 
 _EXAMPLES: dict[str, list[Schema]] = {
     "MemoryInput": [
@@ -191,6 +200,7 @@ _EXAMPLES: dict[str, list[Schema]] = {
     "SearchRequest": [{"text": "When is the wedding?", "limit": 5, "filters": {"topics": ["family"]}}],
     "BatchRequest": [{"queries": [{"text": "wedding"}, {"text": "tea or coffee?", "limit": 3}]}],
     "CorrectionRequest": [{"ids": ["wedding"], "memory": {"text": "The wedding moved to 19 June."}}],
+    "ProfilePatch": [{"display_name": "Ada", "preferred_formats": {"code": "python"}}],
     "ImportRecord": [{"text": "Moved to Lisbon.", "created_at": "2025-03-01T09:00:00Z"}],
 }
 
@@ -198,7 +208,7 @@ _EXAMPLES: dict[str, list[Schema]] = {
 def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the operations."""
     kinds = {kind: None for operation in operations for kind in _kinds(operation)}
-    _, components = msgspec.json.schema_components([*kinds, Health], ref_template=_REF)
+    _, components = msgspec.json.schema_components([*kinds, Health, Queued], ref_template=_REF)
     schemas = {name: _described(schema) for name, schema in sorted(components.items())}
     for place, keywords in _RULES.items():
         name, _, key = place.partition(".")
@@ -312,7 +322,11 @@ def _replies(operation: Operation) -> Schema:
         found[str(status)] = {"description": HTTPStatus(status).phrase, "headers": headers}
         if operation.reply:
             media = _NDJSON if operation.ndjson and not operation.request else _JSON
-            found[str(status)]["content"] = {media: {"schema": _any_of([operation.reply])}}
+            is_pending = status == 202 and 200 in operation.statuses
+            kind = Queued if is_pending else operation.reply
+            found[str(status)]["content"] = {media: {"schema": _any_of([kind])}}
+            if is_pending:
+                found[str(status)]["headers"] = _headers("X-Request-ID", "Retry-After")
     statuses = {422, *operation.errors}  # every operation refuses query parameters that it does not know
     if "{user}" in operation.path:
         statuses.add(503)

@@ -40,6 +40,7 @@ from redismem.types import (
     SearchRequest,
     min_generation,
 )
+from redismem.views import ProfilePatch, SummaryKind
 from redismem.warm import Warmth
 
 MOMENTS = ("created_at", "updated_at", "event_date")
@@ -61,6 +62,24 @@ class Health(Struct, kw_only=True, omit_defaults=True):
     status: str
     reason: str | None = None
     warm: Warmth | None = None
+
+
+class Queued(Struct, kw_only=True):
+    """It is not there yet, and will be: ask again."""
+
+    status: Literal["queued"] = "queued"
+
+
+class _SummaryPath(Struct, kw_only=True):
+    kind: SummaryKind
+
+
+class _SimilarQuery(Struct, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=100)] = 10
+
+
+class _ConflictsQuery(Struct, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=500)] = 100
 
 
 class _RawBatch(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -91,10 +110,14 @@ def _owner(request: Request) -> Owner:
 
 
 def _memory_id(request: Request) -> str:
+    return _checked(path_part(request, "id"), "id")
+
+
+def _checked(name: str, what: str) -> str:
     try:
-        return checked_name(path_part(request, "id"), "id")
+        return checked_name(name, what)
     except ValueError as exc:
-        raise InvalidInput(str(exc), field="id") from exc
+        raise InvalidInput(str(exc), field=what) from exc
 
 
 async def _body(request: Request, kind: type[Any]) -> Any:
@@ -175,7 +198,7 @@ def _list_query(request: Request) -> tuple[_ListQuery, Filters]:
             filters[head][rest] = _scalar(values[-1])
         elif rest:
             filters[head][rest] = _moment(name, values[-1]) if head in MOMENTS else values[-1]
-        elif head in ("memory_type", "topics", "entities", "session_id"):
+        elif head in ("memory_type", "topics", "entities", "session_id", "cluster"):
             filters[name] = values
         elif head == "pinned":
             filters[name] = _flag(request, name, default=False)
@@ -322,6 +345,48 @@ async def import_memories(request: Request) -> Response:
 async def forget_user(request: Request) -> Response:
     """Remove everything of a user."""
     return json_response(await _service(request).writer.forget(_owner(request)))
+
+
+async def get_profile(request: Request) -> Response:
+    """Read a profile."""
+    return answer_response(await _service(request).tiers.profile(_owner(request)))
+
+
+async def change_profile(request: Request) -> Response:
+    """Set fields of a profile, or give them back to the compiler."""
+    owner = _owner(request)
+    patch = await _body(request, ProfilePatch)
+    profile = await _service(request).views.change_profile(owner, patch)
+    return json_response(profile, generation=profile.generation)
+
+
+async def list_topics(request: Request) -> Response:
+    """List topics, largest first."""
+    reply = await _service(request).views.topics(_owner(request))
+    return json_response(reply, generation=reply.generation)
+
+
+async def get_summary(request: Request) -> Response:
+    """Read a summary; 202 when it is being made."""
+    kind = converted({"kind": path_part(request, "kind")}, _SummaryPath).kind
+    name = _checked(path_part(request, "name"), "name")
+    summary = await _service(request).views.summary(_owner(request), kind, name)
+    if summary is None:
+        return json_response(Queued(), 202, {"Retry-After": "1"})
+    return json_response(summary)
+
+
+async def similar_memories(request: Request) -> Response:
+    """List the memories nearest to one."""
+    limit = converted(dict(request.query_params), _SimilarQuery).limit
+    views = _service(request).views
+    return json_response(await views.similar(_owner(request), _memory_id(request), limit))
+
+
+async def list_conflicts(request: Request) -> Response:
+    """List what seems to be said twice, or to contradict itself."""
+    limit = converted(dict(request.query_params), _ConflictsQuery).limit
+    return json_response(await _service(request).views.conflicts(_owner(request), limit))
 
 
 async def stats(request: Request) -> Response:

@@ -33,6 +33,7 @@ from redismem.types import (
     SearchRequest,
     StatsReply,
 )
+from redismem.views import ConflictsReply, Profile, ProfilePatch, SimilarReply, Summary, TopicsReply
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -115,7 +116,7 @@ def _list_parameters() -> dict[str, dict[str, Any]]:
         "limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 50},
         "cursor": {"type": "string", "minLength": 1, "pattern": CURSOR},
         "memory_type": {"type": "array", "items": {"type": "string", "pattern": "^[a-z][a-z0-9_-]{0,63}$"}},
-        **dict.fromkeys(("topics", "entities", "session_id"), names),
+        **dict.fromkeys(("topics", "entities", "session_id", "cluster"), names),
         "pinned": {"type": "boolean"},
         "superseded": {"type": "string", "enum": ["exclude", "include", "only"]},
     }
@@ -236,6 +237,54 @@ OPERATIONS = (
         summary="Forget a user",
         reply=ForgetReply,
         errors=(409,),
+    ),
+    Operation(
+        method="GET",
+        path=_USER + "/profile",
+        handler=routes.get_profile,
+        summary="Read the precompiled profile",
+        reply=Profile,
+    ),
+    Operation(
+        method="PATCH",
+        path=_USER + "/profile",
+        handler=routes.change_profile,
+        summary="Set fields of the profile",
+        request=(ProfilePatch,),
+        reply=Profile,
+    ),
+    Operation(
+        method="GET",
+        path=_USER + "/topics",
+        handler=routes.list_topics,
+        summary="List topics",
+        reply=TopicsReply,
+    ),
+    Operation(
+        method="GET",
+        path=_USER + "/summaries/{kind}/{name}",
+        handler=routes.get_summary,
+        summary="Read the summary of a topic, day, week, month or entity",
+        reply=Summary,
+        statuses=(200, 202),
+        errors=(404,),
+    ),
+    Operation(
+        method="GET",
+        path=_MEMORY + "/similar",
+        handler=routes.similar_memories,
+        summary="The nearest memories",
+        reply=SimilarReply,
+        errors=(404,),
+        query={"limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 10}},
+    ),
+    Operation(
+        method="GET",
+        path=_USER + "/conflicts",
+        handler=routes.list_conflicts,
+        summary="Possible duplicates and contradictions",
+        reply=ConflictsReply,
+        query={"limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 100}},
     ),
     Operation(
         method="GET",

@@ -56,6 +56,20 @@ async def test_shared_words_and_stems_are_nearer_than_unrelated_words() -> None:
     assert abs(base @ unrelated) < 0.1
 
 
+def test_tokens_are_estimated_for_any_string() -> None:
+    texts = [
+        "",
+        "  \n",
+        "Anna plays chess.",
+        "Anna plays chess. " * 500,
+        "🎉",
+        "東京",
+        "\ud800",
+        "2026-06-14",
+    ]
+    assert DeterministicEmbedder().count_tokens(texts) == [0, 0, 4, 2000, 3, 2, 1, 6]
+
+
 async def test_the_dimension_is_configurable() -> None:
     embedder = DeterministicEmbedder(16)
     assert embedder.dim == 16

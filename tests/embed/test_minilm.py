@@ -13,6 +13,7 @@ import pytest
 
 from redismem.embed import Vectors, minilm, open_embedder
 from redismem.embed.minilm import MiniLMEmbedder
+from redismem.embed.protocol import estimated_tokens
 from redismem.errors import EmbedderUnavailable, Misconfigured
 from redismem.settings import Settings
 
@@ -118,6 +119,31 @@ async def test_a_vector_does_not_depend_on_its_neighbours(embedder: MiniLMEmbedd
         together = embedder._vectors(session, [texts[i] for i in order])
         assert np.abs(together - alone[order]).max() < 1e-6, trial
     assert (alone @ alone.T)[~np.eye(len(texts), dtype=bool)].max() < 0.9999  # the texts do differ
+
+
+async def test_tokens_are_counted_without_special_ones_and_without_a_limit(embedder: MiniLMEmbedder) -> None:
+    texts = ["Anna plays chess.", "", "chess " * 1000, "\ud800 lone"]
+    assert embedder.count_tokens(texts)[:3] == [4, 0, 1000]
+    assert embedder.count_tokens([]) == []
+    assert len(embedder._tokenizer.encode(texts[2]).ids) == 256  # what embeds is cut as before
+
+
+async def test_the_estimate_is_hardly_ever_below_the_tokens_of_english(embedder: MiniLMEmbedder) -> None:
+    pieces = [" ".join(WORDS[start : start + 5]) + "." for start in range(10)]
+    texts = [
+        *pieces,
+        "I'm allergic to peanuts and, since last year, to shellfish.",
+        "Her flight BA2490 lands at Heathrow, terminal 5, at 06:45.",
+        "The wifi password of the cottage is 'blue-heron-42'",
+        "We bought an electroencephalography machine for 1250.50 dollars!",
+        "Dr. Szczepanski recommends physiotherapy; she's in Gdansk on 2026-06-14.",
+        " ".join(pieces),
+    ]
+    estimates = np.array([estimated_tokens(text) for text in texts])
+    counts = np.array(embedder.count_tokens(texts))
+    assert (estimates < counts).sum() <= 1
+    assert (estimates >= 0.8 * counts).all()
+    assert estimates.sum() < 1.35 * counts.sum()
 
 
 async def test_bulk_rows_come_back_in_order(embedder: MiniLMEmbedder) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from redismem.embed import open_embedder
-from redismem.embed.openai import OpenAIEmbedder, _asked_delay_s
+from redismem.embed.openai import OpenAIEmbedder, asked_delay_s
 from redismem.errors import EmbedderUnavailable, Misconfigured
 from redismem.settings import Settings
 
@@ -156,6 +156,13 @@ async def test_no_texts_need_no_request(endpoint: Endpoint) -> None:
     assert not endpoint.requests
 
 
+async def test_tokens_are_estimated_without_a_request(endpoint: Endpoint) -> None:
+    embedder = await opened(endpoint)
+    assert embedder.count_tokens(["Anna plays chess.", ""]) == [4, 0]
+    await embedder.close()
+    assert not endpoint.requests
+
+
 async def test_many_texts_go_in_batches_of_128_and_come_back_in_order(endpoint: Endpoint) -> None:
     embedder = await opened(endpoint)
     vectors = await embedder.embed(["x" * n for n in range(1, 301)], urgent=False)
@@ -190,9 +197,9 @@ async def test_retry_after_is_honoured(endpoint: Endpoint) -> None:
 
 
 def test_retry_after_may_be_a_date_or_nonsense() -> None:
-    assert _asked_delay_s("Fri, 01 Jan 2100 00:00:00 GMT") > 1e9
-    assert _asked_delay_s("Sat, 01 Jan 2000 00:00:00 GMT") == 0
-    assert [_asked_delay_s(header) for header in ("", "soon", "-3", "nan", "2")] == [0, 0, 0, 0, 2]
+    assert asked_delay_s("Fri, 01 Jan 2100 00:00:00 GMT") > 1e9
+    assert asked_delay_s("Sat, 01 Jan 2000 00:00:00 GMT") == 0
+    assert [asked_delay_s(header) for header in ("", "soon", "-3", "nan", "2")] == [0, 0, 0, 0, 2]
 
 
 async def test_a_retry_that_cannot_be_in_time_is_not_waited_for(endpoint: Endpoint) -> None:

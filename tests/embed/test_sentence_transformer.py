@@ -6,11 +6,13 @@ import asyncio
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from redismem.embed import open_embedder, sentence_transformer
+from redismem.embed import Vectors, open_embedder, sentence_transformer
 from redismem.embed.minilm import MiniLMEmbedder
 from redismem.embed.sentence_transformer import SentenceTransformerEmbedder
 from redismem.errors import EmbedderUnavailable, Misconfigured
@@ -134,6 +136,45 @@ async def test_rows_are_unit_float32_in_order_for_any_string(embedder: SentenceT
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=1e-5)
     assert vectors[0] @ vectors[-1] == pytest.approx(1.0, abs=1e-5)
     assert (await embedder.embed([])).shape == (0, 384)
+    await embedder.close()
+
+
+class StubTokenizer:
+    """One token a word; as a real one it adds two and cuts to 256 unless told not to."""
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        extra = 2 if options.get("add_special_tokens", True) else 0
+        most = 256 if options.get("truncation", True) else 1_000_000
+        words = [len(text.encode().split()) for text in texts]
+        return {"input_ids": [[1] * min(count + extra, most) for count in words]}
+
+
+class StubModel:
+    def __init__(self, _: str) -> None:
+        self.tokenizer = StubTokenizer()
+
+    def encode(self, texts: list[str], **_: Any) -> Vectors:
+        return np.ones((len(texts), 1), np.float32)
+
+
+async def test_tokens_are_counted_without_special_ones_and_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = SimpleNamespace(SentenceTransformer=StubModel)
+    monkeypatch.setattr(sentence_transformer, "import_module", lambda _: library)
+    embedder = SentenceTransformerEmbedder("any")
+    assert embedder.count_tokens(["Anna plays chess", "", "chess " * 1000, "\ud800 lone"]) == [3, 0, 1000, 2]
+    assert embedder.count_tokens([]) == []
+    assert embedder._counter is not embedder._model.tokenizer  # the other thread's limit stays
+    await embedder.close()
+
+
+async def test_tokens_are_those_of_the_bundled_tokenizer(embedder: SentenceTransformerEmbedder) -> None:
+    bundled = MiniLMEmbedder()
+    texts = [*TEXTS, "", "\ud800 lone", "chess " * 1000]
+    assert embedder.count_tokens(texts) == bundled.count_tokens(texts)
+    assert embedder.count_tokens([]) == []
+    await bundled.close()
     await embedder.close()
 
 

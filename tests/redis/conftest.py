@@ -42,6 +42,7 @@ READ = {
     b"zset": ("ZRANGE", 0, -1, "WITHSCORES"),
     b"stream": ("XRANGE", "-", "+"),
     b"string": ("GET",),
+    b"set": ("SMEMBERS",),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from hashlib import sha1
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -14,8 +15,19 @@ from redismem import lualib
 from redismem.client import Argument
 from redismem.errors import StoreError
 from redismem.filters import Filters
-from redismem.keys import Owner
+from redismem.keys import (
+    JOBS,
+    JOBS_DEAD,
+    JOBS_LATER,
+    JOBS_LIVE,
+    JOBS_REST,
+    JOBS_TRIES,
+    STORE,
+    WEIGHTS,
+    Owner,
+)
 from redismem.lualib import Library, load_libraries, loaded_versions, shipped_libraries
+from redismem.material import digest
 from redismem.query import index_schema
 from redismem.service import Service
 from redismem.types import CorrectionRequest, MemoryInput, MemoryPatch, SearchRequest
@@ -34,7 +46,11 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
     embedder, dim = service.embedder.name, service.embedder.dim
     version = (await service.browser.get(owner, "a")).version
     caches = [owner.searches, owner.hot, owner.hits]
-    keys = [owner.meta, owner.ids, owner.log, owner.turns, *caches]
+    keys, derived = list(owner.written), [owner.meta, *owner.derived]
+    now: list[Argument] = [owner.memory_prefix, 1_800_000_000_000]
+    one, two = digest(b"a"), digest(b"b")
+    centroid = np.ones(dim, np.float32).tobytes()
+    queue = [JOBS, JOBS_LATER, JOBS_LIVE, JOBS_REST]
     head: list[Argument] = [owner.memory_prefix, 1_800_000_000_000, embedder, dim, 100]
     fields: dict[str, str | bytes] = {
         "text": "new",
@@ -44,13 +60,19 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
     }
     record = record_arguments("new", "given", fields, "b")
     turn = await service.functions.call("rm_turns_ro_v1", [owner.turns], owner.memory_prefix, "b", read=True)
+    stored = await service.client.execute("HGET", owner.memory("a"), "embedding")
+    vector_digest = sha1(stored).hexdigest()[:16]
     embedding = ["b", turn[1], turn[2], turn[4], np.ones(dim, np.float16).tobytes()]
     return [
         ("rm_put_v1", keys, [*head, 1, *record]),
         ("rm_update_v1", keys, [*head, version, *record_arguments("a", "given", fields)]),
         ("rm_delete_v1", keys, [owner.memory_prefix, 1_800_000_000_000, 100, "a", "b"]),
         ("rm_correct_v1", keys, [*head, 2, "a", "b", *record]),
-        ("rm_embed_v1", [owner.meta, owner.ids, owner.turns], [*head[:4], *embedding]),
+        (
+            "rm_embed_v1",
+            [owner.meta, owner.ids, owner.turns, *owner.graphs, *owner.derived],
+            [*head[:4], *embedding],
+        ),
         (
             "rm_stage_v1",
             [owner.meta, owner.turns],
@@ -58,11 +80,11 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
         ),
         (
             "rm_forget_v1",
-            [owner.index, owner.meta, owner.ids, owner.log, owner.turns, *caches],
+            [owner.index, *owner.forgotten],
             [owner.memory_prefix, 1, owner.physical_index("embedding")],
         ),
         ("rm_adopt_v1", [owner.index, owner.ids, owner.meta], [owner.memory_prefix, 0, 10]),
-        ("rm_touch_v1", caches[1:], [owner.memory_prefix, 1_800_000_000_000, 60_000, 10, "a", 1, "b", 2]),
+        ("rm_touch_v1", [*caches[1:], owner.meta, owner.used], [owner.memory_prefix, 1_800_000_000_000, 60_000, 10, "a", 1, "b", 2]),
         ("rm_reindex_v1", [owner.ids], [owner.memory_prefix, "a", "b"]),
         (
             "rm_begin_v1",
@@ -84,6 +106,32 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
             [owner.index, owner.physical_index("embedding"), owner.meta],
             [1_800_000_000_000, embedder, dim, "embedding", *index_schema(owner, "embedding", dim)],
         ),
+        ("rm_profile_v1", derived, [*now, "", 1, "a", one, "context_summary", '"x"', "sources", '["a"]']),
+        ("rm_profile_set_v1", derived, [*now, "display_name", '"Ada"']),
+        (
+            "rm_summary_v1",
+            derived,
+            [*now, 60_000, "topic:1", 2, "a", one, "b", two, "text", "x", "sources", '["a","b"]'],
+        ),
+        (
+            "rm_topics_v1",
+            [*derived, owner.centroids],
+            [*now, embedder, 8, 1, 0.5, centroid, 2, '[["tea",["a"]]]', f'{{"a":"{one}"}}'],
+        ),
+        ("rm_topics_end_v1", [*derived, owner.centroids], [*now, 2, 1]),
+        ("rm_assign_v1", derived, [*now, "a", one, "1"]),
+        ("rm_link_v1", derived, [*now, "a", one, vector_digest, "1", 1, "b", two, "0.9", "duplicate", "", 1]),
+        ("rm_decay_v1", [*derived, WEIGHTS], [*now, 0.01, "a", "b"]),
+        ("rm_jobs_start_v1", queue, [1_800_000_000_000, 10]),
+        ("rm_job_done_v1", [*queue, JOBS_TRIES, JOBS_DEAD], ["g", "1-1", "a profile", 1_800_000_000_000, 0]),
+        (
+            "rm_job_failed_v1",
+            [*queue[:3], JOBS_TRIES, JOBS_DEAD],
+            ["g", "1-1", "a profile", 1_800_000_000_000, 1_800_000_000_001, 5, "why"],
+        ),
+        ("rm_jobs_queue_v1", [JOBS_LATER], [1_800_000_000_000, "a profile"]),
+        ("rm_jobs_retry_v1", [JOBS_DEAD, JOBS_LATER, JOBS_TRIES], [1_800_000_000_000, "a profile"]),
+        ("rm_schedule_v1", [STORE, JOBS_LATER], ["nightly", 2, 1_800_000_000_000, " nightly"]),
     ]
 
 

@@ -100,6 +100,12 @@ def test_every_field_is_read_from_its_variable() -> None:
         "archive_after_quarters": "4",
         "maintain_every_s": "5.5",
         "warm_users": "6",
+        "worker": "0",
+        "half_life_days": "90.5",
+        "llm_url": "http://127.0.0.1:1/v1",
+        "llm_model": "m",
+        "llm_key": "k",
+        "llm_timeout_s": "3.5",
         "max_body_bytes": "2048",
         "log_length": "5",
     }
@@ -107,7 +113,8 @@ def test_every_field_is_read_from_its_variable() -> None:
     settings = Settings.from_environment({"REDISMEM_" + name.upper(): raw for name, raw in raws.items()})
     for name, raw in raws.items():
         value = getattr(settings, name)
-        assert str(value) == ("True" if name in ("testing", "stale_if_error") else raw)
+        flags = {"testing": "True", "stale_if_error": "True", "worker": "False"}
+        assert str(value) == flags.get(name, raw)
         assert type(value) is type(getattr(Settings(), name)) or isinstance(value, Path)
 
 

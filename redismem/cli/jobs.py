@@ -1,0 +1,67 @@
+"""Commands on jobs: the worker, what waits for it, and what failed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import click
+import msgspec
+from rich.text import Text
+
+from redismem.cli.shell import json_option, main, print_json, run, settled
+from redismem.jobs import DeadLetter, JobCounts
+from redismem.progress import console, table
+from redismem.service import Service
+from redismem.settings import Settings
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="Do what is due, then end.")
+@settled
+def worker(settings: Settings, once: bool) -> None:
+    """Make profiles, topics, summaries and edges until stopped. `redismem serve` does it by itself."""
+
+    async def work(service: Service) -> None:
+        if once:
+            click.echo(f"{await service.worker.settle():,} jobs done")
+        else:
+            click.echo(f"{service.worker.id} is at work; Ctrl-C ends it")
+            await service.worker.run()
+
+    try:
+        run(settings, work)
+    except KeyboardInterrupt:
+        click.echo("what was not done is done by another worker, or the next")
+
+
+@main.group(invoke_without_command=True)
+@json_option
+@settled
+def jobs(settings: Settings, as_json: bool) -> None:
+    """Show the jobs that wait, and those that failed too often."""
+    if click.get_current_context().invoked_subcommand is not None:
+        return
+
+    async def work(service: Service) -> tuple[JobCounts, list[DeadLetter]]:
+        return await service.jobs.counts(), await service.jobs.dead()
+
+    counts, dead = run(settings, work)
+    if as_json:
+        print_json({"jobs": counts, "dead": dead})
+        return
+    told = msgspec.structs.asdict(counts)
+    console().print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in told.items()))
+    rows = table("dead since", "job", "tries", "error")
+    for letter in dead:
+        since = f"{datetime.fromtimestamp(letter.at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        rows.add_row(since, Text(letter.job), str(letter.tries), Text(letter.error))
+    if dead:
+        console().print(rows, "`redismem jobs retry` lets them wait again")
+
+
+@jobs.command()
+@click.argument("names", metavar="[JOB]…", nargs=-1)
+@settled
+def retry(settings: Settings, names: tuple[str, ...]) -> None:
+    """Let dead letters wait again: all, or each JOB as `redismem jobs` shows it."""
+    click.echo(f"{run(settings, lambda service: service.jobs.retry(names)):,} jobs wait again")

@@ -1,0 +1,1 @@
+"""The worker: makes derived data in the background."""
