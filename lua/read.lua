@@ -1,15 +1,16 @@
 #!lua name=redismem_read
--- Version: 3
+-- Version: 4
 -- Reads one owner's memories in one round trip; changes nothing but the cache of searches.
 --
 -- Functions (KEYS -> ARGV -> reply); those with _ro are no-writes, so replicas may run them
---   rm_search_ro_v1  alias meta turns [hot graph0 graph1 ids] | prefix mode vector embedder words words_query filter
+--   rm_search_ro_v1  alias meta turns [hot graph0 graph1 ids centroids] | prefix mode vector embedder words words_query filter
 --                    unfiltered_query candidates limit timeout_ms word_weight neighbour_share other_speaker
 --                    min_similarity recency_weight half_life_s importance_weight now_s explain(0/1) fields (parted
---                    by blanks) [ef staged(0/1) min_results goal excellent session is_fixed(0/1) vector32]
+--                    by blanks) [ef staged(0/1) min_results goal excellent session is_fixed(0/1) vector32 topics]
 --                    unfiltered_query is - unless the filter only hides superseded memories: it serves where
 --                    there never was one, and such searches use the owner's graph, if one serves, with width ef,
 --                    unless is_fixed in proportion to the graph's own; vector32: the vector as FLOAT32, or empty.
+--                    topics: the vector is compared with the memories of so many of the nearest topics only
 --                    With ids, many memories without filters are counted there.
 --                    staged: looks at the hot set and the (escaped) session first, and goes on until timeout_ms;
 --                    with min_results it ends there when so many are as near as goal and one is nearer than
@@ -17,9 +18,10 @@
 --                    -> NOINDEX | OK generation total note, then a hit: id score parts fields; parts is nil
 --                    or similarity words semantic keyword neighbours relevance recency importance
 --                    note: words, parted by blanks: EMBEDDER the store's vectors are of another embedder, words
---                    only; FILLING the index is not complete; HNSW:<ef> a graph was used; EARLY the goal was met; CUT:<parts>
+--                    only; FILLING the index is not complete; HNSW:<ef> a graph was used; TOPICS:<n> only the
+--                    nearest topics were searched by meaning; EARLY the goal was met; CUT:<parts>
 --                    (of index,words,total) left out when time ended; ARCHIVED:<quarters> are not in Redis
---   rm_search_v1     alias meta turns searches [hot graph0 graph1 ids] | the 21 of rm_search_ro, digest ttl_ms
+--   rm_search_v1     alias meta turns searches [hot graph0 graph1 ids centroids] | the 21 of rm_search_ro, digest ttl_ms
 --                    capacity min_generation [the others of rm_search_ro]
 --                    -> NOINDEX | OK generation total note l2 or l3, ttl_ms, then the hits as above; l2: a
 --                    cached search of at least that generation; l3: made now and, with a ttl_ms above 0,
@@ -173,13 +175,14 @@ local function noted(query, known)
   local words, cut = {}, {}
   if query.is_foreign then words[1] = 'EMBEDDER' end
   if known.index_state then words[#words + 1] = 'FILLING' end
+  if query.by_topics then words[#words + 1] = 'TOPICS:' .. query.by_topics end
   if query.by_graph then words[#words + 1] = 'HNSW:' .. query.ef end
   if query.early then words[#words + 1] = 'EARLY' end
   for _, part in ipairs({ 'index', 'words', 'total' }) do
     if query.cut[part] then cut[#cut + 1] = part end
   end
   if #cut > 0 then words[#words + 1] = 'CUT:' .. table.concat(cut, ',') end
-  local is_whole = not (query.is_foreign or known.index_state or query.early or #cut > 0)
+  local is_whole = not (query.is_foreign or known.index_state or query.early or query.by_topics or #cut > 0)
   if known.archived then words[#words + 1] = 'ARCHIVED:' .. string.gsub(known.archived, ' ', ',') end
   return table.concat(words, ' '), is_whole
 end
@@ -211,6 +214,7 @@ local function options(query, keys, key_at, args, at)
   query.min_results, query.goal = tonumber(args[at + 2] or ''), tonumber(args[at + 3] or '')
   query.excellent, query.session = tonumber(args[at + 4] or ''), args[at + 5] or ''
   query.is_fixed, query.vector32 = args[at + 6] == '1', args[at + 7] or ''
+  query.centroids, query.topics = keys[key_at + 4], whole(args[at + 8], 1, 1000)
   if not (query.goal and query.excellent) then query.min_results = nil end
 end
 
@@ -248,9 +252,11 @@ local function found_by(keys, args, key_at, at)
   if not (query.turns and query.now_s and query.timeout_ms) then return misuse('rm_search_ro alias meta turns | …') end
   options(query, keys, key_at, args, at)
 
-  local raw = redis.call('HMGET', meta, 'generation', 'embedder', 'superseded', 'index_state', 'graph', 'archived')
+  local raw = redis.call('HMGET', meta, 'generation', 'embedder', 'superseded', 'index_state', 'graph', 'archived',
+    'centroids')
   local known = { index_state = raw[4], archived = raw[6] }
   local generation = raw[1] or '0'
+  if not raw[7] or raw[7] ~= raw[2] then query.centroids, query.topics = nil, nil end
   if args[8] ~= '-' then
     if not raw[3] then query.worded, query.filter = args[8], '*' end
     take_graph(query, raw[5])

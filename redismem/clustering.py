@@ -28,7 +28,6 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import HDBSCAN  # type: ignore[import-untyped]
 
 from redismem.material import LABEL_WORDS, LabelWord, Material, Topic
 from redismem.words import STOP_WORDS, speaker, text_words
@@ -191,6 +190,9 @@ def _dense(vectors: Vectors) -> Rows:
     """Return the number of each row's group, from 0; -1: noise."""
     centred = vectors.astype(np.float64)
     centred -= centred.mean(axis=0)
+    # here, because it takes a second and 100 MB, which only the process that clusters should spend
+    from sklearn.cluster import HDBSCAN  # type: ignore[import-untyped]  # noqa: PLC0415
+
     method = HDBSCAN(
         min_cluster_size=MIN_CLUSTER_SIZE,
         min_samples=MIN_SAMPLES,

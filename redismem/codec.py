@@ -28,7 +28,7 @@ READ_FIELDS = (
 )
 
 #: part of every cached search's digest: bumped when the same request may rank differently
-RANKING = 2
+RANKING = 3
 
 # stands in content hashes for an importance that nobody gave
 _UNSAID = 0.5
@@ -113,7 +113,7 @@ def search_digest(request: SearchRequest, embedder: str) -> str:
     """
     asked = (
         *(RANKING, embedder, request.text, request.vector, request.limit, request.search_mode),
-        *(request.query_type, request.ef, request.filters, request.min_similarity),
+        *(request.query_type, request.ef, request.filters, request.min_similarity, request.nearest_topics),
         *(request.recency_weight, request.recency_half_life_days, request.importance_weight),
     )
     return blake2b(_canonical.encode(asked), digest_size=16).hexdigest()

@@ -162,7 +162,7 @@ def _clarity(said: str, *, is_talk: bool) -> float:
     words = text_words(said)
     if not words:
         return 0.0
-    telling = {word for word in words if word not in STOP_WORDS}
+    telling = {word for word in words if word not in STOP_WORDS and word[0].isalnum()}  # no emoji
     if is_talk:
         telling -= CHATTER
         opens_only = len(telling) == 1 and len(words) <= 4 and words[0] in OPENERS
@@ -259,7 +259,7 @@ def extracted(
     text, tokens = "", 0
     pool.refuse_longer(budget_tokens)
     while (place := pool.best()) is not None:
-        longer = _rendered([pool.told[i] for i in (*pool.chosen, place)], dated=dated)
+        longer = _rendered([pool.told[i] for i in sorted((*pool.chosen, place))], dated=dated)
         count = count_tokens([longer])[0]
         if count > budget_tokens:
             pool.refuse(place)

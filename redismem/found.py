@@ -53,15 +53,16 @@ def found_of(
         reason = reason or "this user's index is being rebuilt: not all memories were searched"
     elif skipped:
         reason = reason or OUT_OF_TIME
+    near = notes.get("TOPICS")
     reply = SearchReply(
         memories=[_hit(*flat[i : i + 4]) for i in range(0, len(flat), 4)],
         total=int(total),
         generation=int(generation),
         partial=reason is not None,
         reason=reason,
-        skipped=["index", "total"] if "EARLY" in notes else skipped,
+        skipped=["index", "total"] if "EARLY" in notes else [*skipped, *(["topics"] if near else [])],
         archived=reached(request.filters, notes.get("ARCHIVED", [])),
-        plan=_plan(request, notes.get("HNSW")) if request.explain else None,
+        plan=_plan(request, notes.get("HNSW"), near) if request.explain else None,
         served_by="l2" if served_by == b"l2" else "l3",
         timing=Timing(embed=0, search=0, total=0),
     )
@@ -77,9 +78,14 @@ def _notes(raw: bytes) -> dict[str, list[str]]:
     return {name: rest.split(",") if rest else [] for name, _, rest in words}
 
 
-def _plan(request: SearchRequest, width: list[str] | None) -> Plan:
+def _plan(request: SearchRequest, width: list[str] | None, near: list[str] | None) -> Plan:
     ef = int(width[0]) if width else None
-    return Plan(index="hnsw" if width else "flat", ef=ef, staged=is_staged(request))
+    return Plan(
+        index="hnsw" if width else "flat",
+        ef=ef,
+        staged=is_staged(request),
+        topics=int(near[0]) if near else None,
+    )
 
 
 def unanswered() -> Found:

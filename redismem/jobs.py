@@ -100,12 +100,12 @@ class Jobs:
         self._functions = functions
         self._client = functions.client
         self._clock = clock
-        self._random = random.Random()
+        self._random = random.Random()  # noqa: S311  # spreads retries
         self._rest = rest
         self.claim_after_ms = claim_after_ms
 
     async def queue(self, owner: Owner | None, *kinds: str, after_s: float = 0.0) -> None:
-        """Queue jobs; one of the name that waits already starts at the earlier moment. Cost: one round trip."""
+        """Queue jobs; one that waits already starts at the earlier moment. Cost: one round trip."""
         names = [owner.job(kind) if owner else f" {kind}" for kind in kinds]
         await self._functions.call("rm_jobs_queue_v1", [JOBS_LATER], self._ms(after_s), *names)
 

@@ -240,7 +240,7 @@ class Owner:
 
     @property
     def forgotten(self) -> tuple[str, ...]:
-        """KEYS of rm_forget (lua/owner.lua), in their order: everything of the owner but memories and indexes."""
+        """KEYS of rm_forget (lua/owner.lua), in their order: all of the owner but memories and indexes."""
         return (*self.written[:-1], self.centroids)
 
     def job(self, kind: str) -> str:

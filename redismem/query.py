@@ -24,8 +24,8 @@ from redismem.filters import (
     quarter_name,
     quarter_number,
 )
-from redismem.periods import bounds
 from redismem.keys import NO_SEPARATOR, TAG_SEPARATOR, Owner
+from redismem.periods import bounds
 
 _ESCAPED = re.compile(r"([^0-9A-Za-z\x80-\U0010ffff])")
 

@@ -257,7 +257,10 @@ class Reader:
         sent = time.perf_counter()
         arguments = [self._arguments(owner, query, started) for query in queries]
         options = [self._options(owner, query) for query in queries]
-        read, rest = [owner.index, owner.meta, owner.turns], [owner.hot, *owner.graphs, owner.ids]
+        read, rest = (
+            [owner.index, owner.meta, owner.turns],
+            [owner.hot, *owner.graphs, owner.ids, owner.centroids],
+        )
         plain = [
             fcall("rm_search_ro_v1", [*read, *rest], *args, *more, read=True)
             for args, more in zip(arguments, options, strict=True)
@@ -333,6 +336,7 @@ class Reader:
             *("" if request.min_results is None else request.min_results, goal, EXCELLENT),
             "" if request.session_id is None else escaped_tag(request.session_id),
             *(int(is_fixed(request)), widened(query.vector) if is_graphed else b""),
+            "" if request.nearest_topics is None else request.nearest_topics,
         ]
 
     def _read(self, query: _Query, raw: list[Any], *, kept: bool) -> Found:

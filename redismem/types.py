@@ -165,7 +165,9 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     `skipped`. `min_similarity` is a bound on the cosine: it drops hits whose vector is farther. With
     `min_results`, what was used lately and the turns of `session_id` are looked at first, and the search ends
     there when so many are good (a cosine of `min_similarity`, 0.85 by default) and one is excellent (above
-    0.9). `query_type` or `ef` choose the search width for users with an HNSW graph; exact searches ignore it.
+    0.9). With `nearest_topics`, the vector is compared with the memories of so many of the nearest topics, and
+    the uncategorized ones near them; users without topics are searched as ever. `query_type` or `ef` choose the
+    search width for users with an HNSW graph; exact searches ignore it.
     `consistency`: eventual may miss memories of the last 60 s; `min_version` (session) sees the write that
     returned that generation; strong sees every acknowledged write. Deleted and corrected memories are never
     returned.
@@ -182,6 +184,7 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     min_similarity: Annotated[float, Meta(ge=-1, le=1)] | None = None
     min_results: Annotated[int, Meta(ge=1, le=100)] | None = None
     session_id: Name | None = None
+    nearest_topics: Annotated[int, Meta(ge=1, le=100)] | None = None
     recency_weight: Share = 0.0
     recency_half_life_days: Annotated[float, Meta(gt=0, le=36_500)] = 30.0
     importance_weight: Share = 0.0
@@ -235,6 +238,8 @@ class Plan(Struct, kw_only=True, omit_defaults=True):
     ef: int | None = None
     #: the hot set and the session were looked at first
     staged: bool = False
+    #: by meaning, only this many of the nearest topics were searched
+    topics: int | None = None
 
 
 class SearchReply(Struct, kw_only=True, omit_defaults=True):
@@ -242,10 +247,11 @@ class SearchReply(Struct, kw_only=True, omit_defaults=True):
 
     `total` counts every memory that matches the filters (keyword mode: the words as well), not only
     those returned. `generation` is that of the owner when the search was made. `partial` with `reason`:
-    part of the search was left out; `skipped` names the parts of index, words, total that were, also where
-    `min_results` ended it. `archived`: quarters it reaches into whose memories are not in Redis (see
-    `redismem archive restore`). `plan` is shown with `explain`. `served_by`: this process's cache (l1), the
-    one in Redis (l2), or the index (l3). `stale`: Redis is away, and this is what was true before.
+    part of the search was left out; `skipped` names the parts of index, words, total, topics that were, also
+    where `min_results` ended it or `nearest_topics` bounded it. `archived`: quarters it reaches into whose
+    memories are not in Redis (see `redismem archive restore`). `plan` is shown with `explain`. `served_by`: this
+    process's cache (l1), the one in Redis (l2), or the index (l3). `stale`: Redis is away, and this is what was
+    true before.
     """
 
     memories: list[Hit]

@@ -30,7 +30,8 @@ RANKS = {
     "query": 3,
     "clustering": 3,
     "extract": 3,
-    "profile": 3,
+    "wording": 3,
+    "profile": 4,
     "similarity": 3,
     "weights": 3,
     "archivefiles": 3,
@@ -90,6 +91,7 @@ PURE = (
     "clustering",
     "extract",
     "profile",
+    "wording",
     "similarity",
     "weights",
 )

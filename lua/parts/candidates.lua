@@ -3,6 +3,8 @@
 
 -- hot memories that a staged search looks at first: what a conversation uses
 local HOT_FIRST = 100
+-- topics that a staged search looks at before everything, of users with so many memories
+local NEAREST_TOPICS, LARGE = 3, 5000
 
 -- a TAG query for memories with one of the ids
 local function one_of(ids)
@@ -25,9 +27,26 @@ local function is_timeout(err)
   return string.find(string.lower(err), 'timeout limit', 1, true)
 end
 
--- what to look through for the nearest: all that match the filter, or of those what the graph proposes. The exact
--- index then scores, so that 8-bit vectors cost recall only, and what another hand deleted is not found
+-- memories of the topics nearest to the vector and, of those in no topic, the ones that these are nearest to; nil
+-- without topics. Everything else is left out: an inverted file, where the lists are the user's topics
+local function near_topics(query, count)
+  local vector = query.vector32 ~= '' and query.vector32 or float32(query.vector)
+  local near = redis.pcall('VSIM', query.centroids, 'FP32', vector, 'COUNT', count)
+  if near.err or #near == 0 then return nil end
+  local names = {}
+  for _, number in ipairs(near) do names[#names + 1] = number .. '|near\\-' .. number end
+  return '@cluster:{' .. table.concat(names, '|') .. '}'
+end
+
+-- what to look through for the nearest: the topics that are asked for, or all that match the filter, or of those
+-- what the graph proposes. The exact index then scores, so that 8-bit vectors cost recall only, and what another
+-- hand deleted is not found
 local function vicinity(query)
+  local topics = query.topics and near_topics(query, query.topics)
+  if topics then
+    query.by_topics = query.topics
+    return query.filter == '*' and topics or topics .. ' ' .. query.filter, false
+  end
   if query.graph then
     local count = math.max(query.limit, math.min(query.candidates, query.ef))
     local vector = query.vector32 ~= '' and query.vector32 or float32(query.vector)
@@ -109,9 +128,17 @@ local function focused(query)
   local place = '(' .. table.concat(places, '|') .. ')'
   return setmetatable({
     graph = false,
+    topics = false,
     filter = query.filter == '*' and place or place .. ' ' .. query.filter,
     worded = query.worded ~= '' and '(' .. query.worded .. ') ' .. place or '',
   }, { __index = query, __newindex = query })
+end
+
+-- a search of the nearest topics pays where the whole index takes long and no graph shortens it
+local function by_topics(query)
+  if not query.centroids or query.topics or query.graph or not query.ids then return nil end
+  if redis.call('ZCARD', query.ids) < LARGE then return nil end
+  return setmetatable({ topics = NEAREST_TOPICS }, { __index = query, __newindex = query })
 end
 
 local function is_met(query, cosine)
@@ -123,22 +150,28 @@ local function is_met(query, cosine)
   return good >= query.min_results and best > query.excellent
 end
 
--- the candidates by stages: the hot set and the session, then the whole index, as far as time goes
+-- the candidates by stages: the hot set and the session, the nearest topics, then the whole index, as far as time goes
 local function by_stages(query)
-  local near = query.staged and query.vector ~= '' and focused(query)
-  if not near then return looked(query) end
-  local cosine, bm25, with_words = looked(near)
-  if not cosine then return nil, bm25 end
-  query.early = query.min_results and is_met(query, cosine)
-  if query.early then return cosine, bm25, with_words end
-  if left_ms(query) <= 0 then
-    query.cut.index = true
-    return cosine, bm25, with_words
+  if not query.staged or query.vector == '' then return looked(query) end
+  local stages, cosine, bm25, with_words = { focused(query) or false, by_topics(query) or false, query }, {}, {}, 0
+  for i, stage in ipairs(stages) do
+    if stage then
+      local more, more_bm25, more_with_words = looked(stage)
+      if not more then return nil, more_bm25 end
+      for id, similarity in pairs(cosine) do more[id] = more[id] or similarity end
+      -- scores of one look do not compare with those of another
+      if not (query.cut.words and next(more_bm25) == nil) then bm25, with_words = more_bm25, more_with_words end
+      cosine = more
+      if i == #stages then break end
+      query.early = query.min_results and is_met(query, cosine)
+      if query.early then break end
+      if left_ms(query) <= 0 then
+        query.cut.index = true
+        break
+      end
+    end
   end
-  local more, more_bm25, all_with_words = looked(query)
-  if not more then return nil, more_bm25 end
-  for id, similarity in pairs(cosine) do more[id] = more[id] or similarity end
-  -- scores of the first look do not compare with those of the second
-  if query.cut.words and next(more_bm25) == nil then more_bm25 = bm25 end
-  return more, more_bm25, all_with_words
+  -- what the whole index was searched for as well was no restriction
+  if not (query.topics or query.early or query.cut.index) then query.by_topics = nil end
+  return cosine, bm25, with_words
 end

@@ -181,7 +181,10 @@ _ERROR: Schema = {
 
 #: first segment of a path (below the user) -> tag, where the segment itself is not the tag
 _TAGS = {
-    **{"": "users", "corrections": "memories", "export": "transfer", "import": "transfer"},
+    "": "users",
+    "corrections": "memories",
+    "export": "transfer",
+    "import": "transfer",
     **dict.fromkeys(("profile", "topics", "summaries", "conflicts"), "derived"),
 }
 

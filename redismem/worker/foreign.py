@@ -1,7 +1,7 @@
 """Notices memories that another service wrote by plain HSET, and queues what they need.
 
-Redis pushes the key of every record that is written, by whomever. What has a text and no vector a second later
-was not written by us, or waits for its vector anyway.
+Redis pushes the key of every record that is written, by whomever. What has a text and no vector a second
+later was not written by us, or waits for its vector anyway.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ForeignWrites:
             self._pushed[tag, memory_id] = None
 
     async def look(self) -> None:
-        """Queue an embedding for owners of whom a memory came without a vector. Cost: a round trip per 200."""
+        """Queue an embedding for owners whose memories came without vectors. Cost: a round trip per 200."""
         pushed, self._pushed = list(self._pushed), {}
         bare: dict[str, list[str]] = {}
         for first in range(0, len(pushed), _SLICE):

@@ -53,7 +53,7 @@ class Library:
         self._client = client
 
     async def all(self, owner: Owner) -> Materials:
-        """Return all memories of an owner, oldest first. Cost: 20 us a memory, a round trip a slice of 200."""
+        """Return all memories of an owner, oldest first. Cost: 20 us a memory, a round trip per 200."""
         return await self.read(owner, await all_ids(self._client, owner))
 
     async def recent(self, owner: Owner, most: int) -> Materials:

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from redismem.keys import Owner
 from redismem.embed.protocol import estimated_tokens
+from redismem.keys import Owner
 from redismem.material import Material, Topic
 from redismem.profile import Compiled, compiled
 from redismem.views import BUDGETS, PATCHABLE

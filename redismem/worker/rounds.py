@@ -37,7 +37,7 @@ async def hourly(tools: Tools) -> None:
 
 
 async def nightly(tools: Tools) -> None:
-    """Write the table of weights; queue decay for everyone, and profile and periods for who was active lately."""
+    """Write the weights; queue decay for everyone, profile and periods for who was active lately."""
     table = temporal_weights(tools.settings.half_life_days)
     rounded = {kind: [round(weight, 6) for weight in weights] for kind, weights in table.items()}
     fields: list[Argument] = []

@@ -126,7 +126,7 @@ async def _stored(tools: Tools, owner: Owner, name: str, made: Extract, method: 
 
 
 async def periods(tools: Tools, owner: Owner) -> None:
-    """Queue the summaries of this and the last day, week and month of the owner's, as far as there is anything."""
+    """Queue the summaries of this and the last day, week and month, as far as there is anything."""
     now = datetime.fromtimestamp(tools.clock(), UTC)
     names = [*names_of(now)]
     for kind, before in (("day", 1), ("week", 7), ("month", now.day)):

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from redismem.clustering import Known, clustered
 from redismem.client import Argument
+from redismem.clustering import Known, clustered
 from redismem.keys import Owner
 from redismem.material import LabelWord, Material, Topic
 from redismem.worker.materials import Materials
@@ -38,7 +38,7 @@ class Centres:
 
 
 async def centres_of(tools: Tools, owner: Owner) -> Centres:
-    """Return the centroids of the owner's topics that are of the vectors that serve. Cost: two round trips."""
+    """Return the centroids of the owner's topics, of the vectors that serve. Cost: two round trips."""
     raw_numbers, embedder, dim = await tools.client.pipeline(
         [
             ("ZRANGE", owner.topics, 0, -1),

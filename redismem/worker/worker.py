@@ -60,7 +60,7 @@ _UNINDEXED = ("decay",)
 
 
 class Worker:
-    """Does the jobs of one store, until its `run` is cancelled. `counts`: jobs done, retried, dead, by kind."""
+    """Does the jobs of one store. `counts`: how many were done, retried, are dead, by kind."""
 
     def __init__(self, tools: Tools, foreign: ForeignWrites) -> None:
         self.id = f"worker-{secrets.token_hex(6)}"
@@ -102,7 +102,7 @@ class Worker:
                 except Exception:  # a defect must not end the lane
                     logger.exception("a worker cannot take jobs")
             if not is_done:
-                await asyncio.sleep(_POLL_S * random.uniform(0.5, 1.0))
+                await asyncio.sleep(_POLL_S * random.uniform(0.5, 1.0))  # noqa: S311  # not all at once
 
     async def step(self, *, ahead_s: float = 0.0) -> bool:
         """Do one job; return whether there was one.
@@ -121,7 +121,7 @@ class Worker:
         return bool(jobs)
 
     async def settle(self, *, ahead_s: float = 0.0) -> int:
-        """Do all that is due, and what that makes due; return how many jobs: for tests, benches and shells."""
+        """Do all that is due, and what that makes due; return how many jobs there were."""
         count = 0
         while await self.step(ahead_s=ahead_s):
             count += 1
@@ -137,7 +137,7 @@ class Worker:
         started = time.perf_counter()
         try:
             await self._perform(job)
-        except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not be lost
+        except Exception as exc:  # whatever it is, the job must not be lost
             is_dead = await self._jobs.failed(job, _shown(exc))
             self.counts[f"{kind} {'dead' if is_dead else 'retried'}"] += 1
             level = logging.ERROR if is_dead else logging.INFO

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from hashlib import sha1
 from collections.abc import AsyncIterator, Awaitable, Callable
+from hashlib import sha1
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,7 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
             [owner.memory_prefix, 1, owner.physical_index("embedding")],
         ),
         ("rm_adopt_v1", [owner.index, owner.ids, owner.meta], [owner.memory_prefix, 0, 10]),
-        ("rm_touch_v1", [*caches[1:], owner.meta, owner.used], [owner.memory_prefix, 1_800_000_000_000, 60_000, 10, "a", 1, "b", 2]),
+        ("rm_touch_v1", [*caches[1:], owner.meta, owner.used], [*now, 60_000, 10, "a", 1, "b", 2]),
         ("rm_reindex_v1", [owner.ids], [owner.memory_prefix, "a", "b"]),
         (
             "rm_begin_v1",

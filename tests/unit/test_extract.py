@@ -95,13 +95,16 @@ def test_lists_quotes_captions_and_scripts_without_blanks_are_split() -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "",
+        " \n ",
+        "...",
         "Nora: Hey Paul!",
         "Nora: Thanks!",
+        "Nora: 👍😂",
         "Wow! That's so cool.",
-        "Nora: How are you?",
+        "Nora: How are you? Did Paul call?",
         "Nora: Talk to you soon!",
-    ]
-    + ["", " \n ", "...", "Nora: 👍 What's new, Paul?"][:3],
+    ],
 )
 def test_chatter_is_dropped(text: str) -> None:
     assert told(text, memory_type="message") == []
@@ -214,7 +217,7 @@ def test_the_central_and_the_pinned_go_before_the_odd() -> None:
     bakery = [statement(f"Ida sells {bread} bread in her bakery.", day) for day, bread in enumerate("ABC")]
     odd = statement("Moss grows slowly.", 4)
     pinned = statement("Allergic against penicillin.", 5, weight=1.5)
-    found = summary(*bakery, odd, pinned, budget=20)
+    found = summary(*bakery, odd, pinned, budget=15)
     assert pinned.source in found.sources
     assert any(item.source in found.sources for item in bakery)
     assert odd.source not in found.sources
