@@ -95,8 +95,8 @@ class Filters(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=Tr
     """Conditions that all hold. A list of names means any of them.
 
     `partition` is the quarter of `event_date`, or of the writing where there is none.
-    `cluster` is the id of a topic, or `uncategorized`. `metadata` compares top-level scalar values for equality.
-    `superseded` hides memories that a correction replaced unless it says otherwise.
+    `cluster` is the id of a topic, or `uncategorized`. `metadata` compares top-level scalar values for
+    equality. `superseded` hides memories that a correction replaced unless it says otherwise.
     """
 
     memory_type: MemoryType | MemoryTypes | None = None

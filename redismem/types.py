@@ -165,9 +165,9 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     `skipped`. `min_similarity` is a bound on the cosine: it drops hits whose vector is farther. With
     `min_results`, what was used lately and the turns of `session_id` are looked at first, and the search ends
     there when so many are good (a cosine of `min_similarity`, 0.85 by default) and one is excellent (above
-    0.9). With `nearest_topics`, the vector is compared with the memories of so many of the nearest topics, and
-    the uncategorized ones near them; users without topics are searched as ever. `query_type` or `ef` choose the
-    search width for users with an HNSW graph; exact searches ignore it.
+    0.9). With `nearest_topics`, the vector is compared with the memories of so many of the nearest topics,
+    and the uncategorized ones near them; users without topics are searched as ever. `query_type` or `ef`
+    choose the search width for users with an HNSW graph; exact searches ignore it.
     `consistency`: eventual may miss memories of the last 60 s; `min_version` (session) sees the write that
     returned that generation; strong sees every acknowledged write. Deleted and corrected memories are never
     returned.
@@ -249,9 +249,9 @@ class SearchReply(Struct, kw_only=True, omit_defaults=True):
     those returned. `generation` is that of the owner when the search was made. `partial` with `reason`:
     part of the search was left out; `skipped` names the parts of index, words, total, topics that were, also
     where `min_results` ended it or `nearest_topics` bounded it. `archived`: quarters it reaches into whose
-    memories are not in Redis (see `redismem archive restore`). `plan` is shown with `explain`. `served_by`: this
-    process's cache (l1), the one in Redis (l2), or the index (l3). `stale`: Redis is away, and this is what was
-    true before.
+    memories are not in Redis (see `redismem archive restore`). `plan` is shown with `explain`. `served_by`:
+    this process's cache (l1), the one in Redis (l2), or the index (l3). `stale`: Redis is away, and this is
+    what was true before.
     """
 
     memories: list[Hit]
