@@ -20,6 +20,7 @@ from redismem.client import Client
 from redismem.embed import Embedder, open_embedder
 from redismem.errors import RedisMemError, StoreError
 from redismem.index import Indexes
+from redismem.jobs import Jobs
 from redismem.keys import STORE, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions, load_libraries, loaded_versions, shipped_libraries
 from redismem.query import index_schema
@@ -38,6 +39,9 @@ DOCTOR_NAMESPACE = "redismem-doctor"
 
 #: problems that a finding names; the rest are counted
 _NAMED = 5
+
+#: seconds that a due job may wait before somebody should look
+_LATE_S = 300
 
 _REEMBED = "run `redismem reembed`"
 _REPAIR = "run `redismem doctor --repair`"
@@ -105,6 +109,9 @@ async def _examine_store(
         with _failing(found, "archive", "make REDISMEM_ARCHIVE_URL reachable, or correct it"):
             await Archive(Functions(client), settings, embedder).check()
             found.append(Finding(name="archive", status="ok", seen="it can be reached and is this store's"))
+    if not newer:
+        with _failing(found, "jobs", "see the message"):
+            found.append(await _queue(client))
     with _failing(found, "indexes", _REPAIR):
         if repair and (newer or embedder is None):
             reason = "a newer redismem uses this store: upgrade" if newer else "it needs the embedder"
@@ -225,6 +232,19 @@ async def _remembered(client: Client, embedder: Embedder | None) -> Finding:
     return Finding(name="store", status="ok", seen=seen)
 
 
+async def _queue(client: Client) -> Finding:
+    counts = await Jobs(Functions(client)).counts()
+    seen = f"{counts.waiting:,} wait, {counts.started:,} are being done, {counts.dead:,} failed too often"
+    if counts.dead:
+        remedy = "look at them with `redismem jobs`, then `redismem jobs retry`"
+    elif counts.late_s > _LATE_S:
+        late = f"the oldest is {counts.late_s:,.0f} s late"
+        remedy = f"{late}: run `redismem worker`, or `serve` with REDISMEM_WORKER=1"
+    else:
+        return Finding(name="jobs", status="ok", seen=seen)
+    return Finding(name="jobs", status="warn", seen=seen, remedy=remedy)
+
+
 async def _indexes(client: Client, embedder: Embedder | None, *, repair: bool) -> list[Finding]:
     examined = rebuilt = 0
     shapes = _Shapes(client)
@@ -311,7 +331,9 @@ class _Shapes:
 
 
 def _shape(info: Mapping[str, Any]) -> list[Any]:
-    return [info.get(name) for name in ("index_options", "attributes", "stopwords_list")]
+    # fields that were added to an index stand last in it
+    attributes = sorted(map(repr, info.get("attributes", ())))
+    return [info.get("index_options"), attributes, info.get("stopwords_list")]
 
 
 async def _index_info(client: Client, index: str) -> dict[str, Any]:

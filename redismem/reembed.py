@@ -14,6 +14,7 @@ from redismem.codec import vector_bytes
 from redismem.embed import Embedder
 from redismem.errors import StoreError
 from redismem.index import all_ids
+from redismem.jobs import Jobs
 from redismem.keys import STORE, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
 from redismem.query import index_schema
@@ -22,6 +23,9 @@ from redismem.vectors import read_turns, turn_vectors
 
 _WALK = 500
 _FILL = 1000
+
+# a user who is forgotten meanwhile must not get a key again
+_FRESH = "return redis.call('EXISTS', KEYS[1]) == 1 and redis.call('SADD', KEYS[2], unpack(ARGV))"
 
 
 class Reembedder:
@@ -91,6 +95,12 @@ class Reembedder:
                 missing = [i for i, raw in zip(part, staged, strict=True) if fresh or raw != name.encode()]
                 made += await self._stage(owner, field, missing)
         await self._functions.call("rm_switch_v1", [owner.index, index, owner.meta], name, dim, field)
+        # edges and centroids are of the old vectors
+        ids = await self._ids(owner)
+        for first in range(0, len(ids), _FILL):
+            part = ids[first : first + _FILL]
+            await self._client.execute("EVAL", _FRESH, 2, owner.meta, owner.fresh, *part)
+        await Jobs(self._functions).queue(owner, "link", "topics")
         return made
 
     async def _stage(self, owner: Owner, field: str, ids: list[str]) -> int:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from redismem import doctor
 from redismem.cli import main
 from redismem.doctor import Finding, examine
-from redismem.keys import VECTOR_FIELDS, Owner
+from redismem.keys import JOBS_DEAD, JOBS_LATER, VECTOR_FIELDS, Owner
 from redismem.lualib import load_libraries, shipped_libraries
 from redismem.query import index_schema
 from redismem.service import Service
@@ -275,3 +275,10 @@ def test_the_command_exits_1_when_something_failed(as_command: CliRunner) -> Non
     result = as_command.invoke(main, ["doctor", "--json", "--redis-url", "redis://127.0.0.1:1"])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["findings"][-1]["status"] == "fail"
+
+
+async def test_dead_and_late_jobs_are_told(service: Service, owner: Owner, settings: Settings) -> None:
+    await service.client.execute("ZADD", JOBS_LATER, 1_700_000_000_000, owner.job("profile"))
+    assert "redismem worker" in (named(await examine(settings), "jobs").remedy or "")
+    await service.client.execute("HSET", JOBS_DEAD, owner.job("profile"), '{"tries":5,"error":"x","at_ms":1}')
+    assert "redismem jobs" in (named(await examine(settings), "jobs").remedy or "")
