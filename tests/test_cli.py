@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import select
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -18,8 +20,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from redismem.cli import main
+from redismem.jobs import MOST_TRIES, Job
 from redismem.service import Service
 from redismem.types import Memory, MemoryInput, SearchReply
+from redismem.views import ProfilePatch, Summary, TopicsReply
+from tests.conftest import lasting_keys
 
 Run = Callable[..., Result]
 Start = Callable[..., subprocess.Popen[str]]
@@ -313,3 +318,174 @@ def test_the_archive_needs_a_place(run: Run) -> None:
     refused = run("archive", "list", "--user", "ada")
     assert refused.exit_code == 1
     assert "REDISMEM_ARCHIVE_URL" in refused.output
+
+
+TURNS = [
+    *(f"The bees of hive {word} give honey [and wax]" for word in ("one", "two", "three", "four", "five")),
+    *(f"Sailing boat {word} needs wind and rope" for word in ("red", "blue", "green", "white", "black")),
+]
+
+
+@pytest.fixture
+async def remembered(service: Service) -> Service:
+    """What ada has told; nothing is derived of it yet."""
+    memories = [MemoryInput(text=text, id=f"m{i}", entities=["a|b [c]"]) for i, text in enumerate(TURNS)]
+    memories.append(MemoryInput(text="My name is Ada [bold]Byron[/bold]", id="n"))
+    await service.writer.put(service.owner("ada"), memories)
+    return service
+
+
+@pytest.mark.usefixtures("remembered")
+def test_a_profile_is_made_where_there_is_none_and_made_anew_when_asked(run: Run) -> None:
+    made = json.loads(run("profile", "ada", "--json").stdout)
+    assert made["compiled_at"]
+    assert set(made["important_memory_ids"]) == {"n", *(f"m{i}" for i in range(10))}
+    assert json.loads(run("profile", "ada", "--json").stdout) == made
+    fresh = json.loads(run("profile", "ada", "--fresh", "--json").stdout)
+    assert fresh.pop("compiled_at") > made.pop("compiled_at")
+    assert fresh.pop("valid_until") > made.pop("valid_until")
+    assert fresh == made
+
+
+async def test_a_profile_shows_brackets_as_they_are(run: Run, remembered: Service) -> None:
+    owner = remembered.owner("ada")
+    patch = ProfilePatch(display_name="[red]Ada[/red]", preferred_formats={"[b]": "[/b]"}, known_expertise=[])
+    await remembered.views.change_profile(owner, patch)
+    await remembered.worker.make(owner, "profile")
+    shown = (await asyncio.to_thread(run, "profile", "ada")).stdout
+    for text in ("display name", "[red]Ada[/red]", "[b]: [/b]"):
+        assert text in shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.usefixtures("remembered")
+def test_topics_are_made_where_there_are_none(run: Run) -> None:
+    reply = msgspec.json.decode(run("topics", "ada", "--json").stdout, type=TopicsReply)
+    assert [topic.size for topic in reply.topics] == [5, 5]
+    shown = run("topics", "ada").stdout
+    for topic in reply.topics:
+        assert topic.label in shown
+    assert f"{reply.uncategorized} memories uncategorized" in shown
+    ids = [topic.id for topic in reply.topics]
+    told = run("summary", "ada", "topic", ids[0])
+    assert told.exit_code == 0
+    assert "extractive, from" in told.stdout
+    again = msgspec.json.decode(run("topics", "ada", "--fresh", "--json").stdout, type=TopicsReply)
+    assert [topic.id for topic in again.topics] == ids
+
+
+@pytest.mark.usefixtures("remembered")
+def test_a_summary_is_made_where_there_is_none(run: Run) -> None:
+    shown = run("summary", "ada", "entity", "a|b [c]")
+    assert shown.exit_code == 0, shown.output
+    assert "[and wax]" in shown.stdout
+    summary = msgspec.json.decode(run("summary", "ada", "entity", "a|b [c]", "--json").stdout, type=Summary)
+    assert (summary.kind, summary.name) == ("entity", "a|b [c]")
+    assert f"{summary.tokens} tokens, extractive, from {len(summary.sources)} memories" in shown.stdout
+    fresh = run("summary", "ada", "entity", "a|b [c]", "--fresh", "--json").stdout
+    assert msgspec.json.decode(fresh, type=Summary).generated_at > summary.generated_at
+    today = f"{summary.generated_at:%Y-%m-%d}"
+    assert json.loads(run("summary", "ada", "day", today, "--json").stdout)["name"] == today
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("summary", "ada", "entity", "Bob"), ("entity", "Bob")),
+        (("summary", "nobody", "entity", "a|b [c]"), ("a|b [c]",)),
+        (("summary", "ada", "topic", "99"), ("99",)),
+        (("summary", "ada", "topic", "bees"), ("number",)),
+        (("summary", "ada", "day", "2026-02-30"), ("2026-11-26",)),
+        (("summary", "ada", "week", "48"), ("2026-W48",)),
+        (("summary", "ada", "month", "1999-01"), ("1999-01",)),
+        (("profile", ""), ("user",)),
+        (("topics", "x" * 257), ("user",)),
+        (("conflicts", "ada", "--redis-url", "redis://127.0.0.1:1"), ("Start the server",)),
+    ],
+)
+@pytest.mark.usefixtures("remembered")
+def test_what_cannot_be_told_is_one_line(run: Run, args: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assert_one_line(run(*args), *words)
+
+
+@pytest.mark.xfail(strict=True, reason="the name is not checked: RediSearch's syntax error is shown")
+@pytest.mark.usefixtures("remembered")
+def test_a_summary_of_no_name_is_refused(run: Run) -> None:
+    assert_one_line(run("summary", "ada", "entity", ""), "name")
+
+
+def test_a_kind_of_summary_that_there_is_not_is_a_usage_error(run: Run) -> None:
+    refused = run("summary", "ada", "year", "2026")
+    assert refused.exit_code == 2
+    assert "'topic', 'day', 'week', 'month', 'entity'" in refused.stderr
+
+
+async def test_of_nobody_there_is_nothing_to_tell_and_nothing_is_stored(run: Run, service: Service) -> None:
+    def told(*args: str) -> str:
+        result = run(*args)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    asked = await asyncio.to_thread(
+        lambda: [told(name, "nobody") for name in ("profile", "topics", "conflicts")]
+    )
+    assert "nobody" in asked[0]
+    assert "0 memories uncategorized" in asked[1]
+    assert "0 in all" in asked[2]
+    assert await lasting_keys(service.client) == [b"redismem:store"]
+
+
+async def test_conflicts_show_both_texts(run: Run, service: Service) -> None:
+    owner = service.owner("ada")
+    texts = {day: f"Anna's wedding [red] is on {day} June in Porto at the old town hall" for day in (12, 19)}
+    memories = [
+        MemoryInput(text=text, id=str(day), event_date=datetime(2026, 1, day, tzinfo=UTC))
+        for day, text in texts.items()
+    ]
+    await service.writer.put(owner, memories)
+    await service.worker.make(owner, "link")
+    shown = (await asyncio.to_thread(run, "conflicts", "ada")).stdout
+    assert "1 in all" in shown
+    assert shown.count("[red]") == 2
+    reply = json.loads((await asyncio.to_thread(run, "conflicts", "ada", "--json")).stdout)
+    assert [(one["older"], one["newer"], one["why"]) for one in reply["conflicts"]] == [
+        ("12", "19", "number")
+    ]
+
+
+async def dead_letters(service: Service, *jobs: str) -> None:
+    """Let jobs fail until they are given up."""
+    for job in jobs:
+        for _ in range(MOST_TRIES):
+            await service.jobs.failed(Job("0-1", job), "Boom: [red]it[/red]")
+
+
+async def test_dead_letters_are_shown_and_wait_again_when_asked(run: Run, service: Service) -> None:
+    names = "ada summary:entity:a|b [c]", "ada profile", "eve topics"
+    await dead_letters(service, *names)
+
+    def session() -> list[str]:
+        shown = [run("jobs").stdout, run("jobs", "--json").stdout]
+        retried = [run("jobs", "retry", "nope"), run("jobs", "retry", names[0]), run("jobs", "retry")]
+        return shown + [one.stdout for one in retried] + [run("jobs").stdout]
+
+    shown, told, *retried, left = await asyncio.to_thread(session)
+    for text in (*names, "Boom: [red]it[/red]", "redismem jobs retry", "dead 3", UTC.tzname(None)):
+        assert text in shown
+    letters = json.loads(told)
+    assert letters["jobs"]["dead"] == 3
+    assert {letter["job"] for letter in letters["dead"]} == set(names)
+    assert retried == ["0 jobs wait again\n", "1 jobs wait again\n", "2 jobs wait again\n"]
+    assert "dead 0" in left
+    assert "Boom" not in left
+    assert "waiting 3" in left
+
+
+async def test_a_worker_told_once_makes_what_waits(run: Run, remembered: Service) -> None:
+    owner = remembered.owner("ada")
+    await remembered.client.execute("DEL", "redismem:jobs:later")
+    await remembered.jobs.queue(owner, "summary:entity:a%7Cb [c]", "link")
+    assert (await asyncio.to_thread(run, "worker", "--once")).stdout == "2 jobs done\n"
+    assert await remembered.views.summary(owner, "entity", "a|b [c]") is not None
+    assert (await remembered.views.similar(owner, "m0")).precomputed
+    assert (await asyncio.to_thread(run, "worker", "--once")).stdout == "0 jobs done\n"

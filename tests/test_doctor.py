@@ -53,7 +53,7 @@ async def test_a_healthy_store_has_no_failure(service: Service, owner: Owner, se
     await store(service, owner)
     findings = await examine(settings)
     assert not [finding for finding in findings if finding.status == "fail"]
-    checks = "embedder redis server persistence eviction functions store indexes".split()
+    checks = "embedder redis server persistence eviction functions store jobs indexes".split()
     assert [finding.name for finding in findings] == [*checks, "round trip"]
     assert named(findings, "indexes").seen.startswith("1 of 1 users")
     assert "delete" in named(findings, "round trip").seen

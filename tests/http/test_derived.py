@@ -216,9 +216,10 @@ async def test_what_no_memory_belongs_to_has_no_summary(
     http: httpx.AsyncClient, service: Service, kind: str, name: str
 ) -> None:
     await add(http, "ada", {"text": "Bo sailed.", "event_date": "2020-01-01T00:00:00Z", "entities": ["Ana"]})
+    waiting = await queued_jobs(service)
     for user in ("ada", "nobody"):
         assert error_of(await http.get(summary_path(kind, name, user)), 404)["code"] == "not_found"
-    assert not [job for job in await queued_jobs(service) if f"summary:{kind}" in job and "Ana" not in job]
+    assert await queued_jobs(service) == waiting
 
 
 async def queued_jobs(service: Service) -> list[str]:
@@ -387,7 +388,7 @@ async def test_conflicts_are_settled_by_a_delete_or_a_correction(
 
 
 async def test_conflicts_take_a_limit_from_1_to_500(http: httpx.AsyncClient) -> None:
-    for limit in ("0", "501", "x", "1.0"):
+    for limit in ("0", "501", "x", "1.5"):
         assert error_of(await http.get(CONFLICTS, params={"limit": limit}), 422)["field"] == "limit"
     assert error_of(await http.get(CONFLICTS + "?kind=duplicate"), 422)["field"] == "kind"
 

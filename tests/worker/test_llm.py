@@ -280,6 +280,14 @@ async def test_a_429_is_retried_once_after_the_time_it_asks_for(
     assert len(endpoint.requests) == 4
 
 
+async def test_a_429_that_asks_for_more_than_some_seconds_is_not_waited_for(endpoint: Endpoint) -> None:
+    model = LanguageModel(endpoint.url, "tiny-chat", timeout_s=30)
+    endpoint.answers = [status(429, Retry_After="8"), says(WRITTEN)]
+    assert "429" in str(await failure(model))
+    assert len(endpoint.requests) == 1
+    await model.close()
+
+
 async def test_a_model_that_refuses_the_options_is_asked_without_them(
     endpoint: Endpoint, model: LanguageModel
 ) -> None:
