@@ -27,10 +27,11 @@
 --   profile hash    fields of views.Profile, lists as JSON; patched (JSON of what a caller set), sources (JSON of ids),
 --                   digests (blank between), compiled_at, valid_until (epoch s)
 --   summary..<kind>:<name> hash  text, tokens, method, generated_at, sources, digests; with a TTL
---   cluster..<number> hash  label, words, centroid (FLOAT32), reach, size, made_at, embedder
+--   cluster..<number> hash  label, words, digests (JSON {id: digest}), centroid (FLOAT32), reach, size,
+--                   made_at, embedder
 --   topics zset number -> size; summaries zset <kind>:<name> -> made at; centroids vector set of numbers
 --   similar hash    o<id>: id \30 cosine of its nearest; i<id>: ids that have it among theirs; each between \31
---   conflicts hash  older \31 newer -> kind \31 cosine \31 why
+--   conflicts hash  older \31 newer -> kind, cosine, why and the digests of both; joined by \31
 --   fresh set of ids to link; used zset id -> last access; weights hash type -> JSON of weights by age in days
 --   meta hash, here: unclustered (new memories since the last clustering), clustered_s, topic_number (of the
 --                   next new topic), centroids (their embedder)
@@ -169,6 +170,7 @@ local function topics(keys, args)
     for id, digest in pairs(digests) do gone[id] = digest_of(ctx.prefix, id) ~= digest or nil end
     unname_topic(ctx, number)
     redis.call('HSET', key, 'reach', args[i + 1], 'centroid', args[i + 2], 'size', args[i + 3], 'words', args[i + 4],
+      'digests', args[i + 5],
       'made_at', string.format('%.3f', ctx.now_ms / 1000), 'embedder', args[3])
     for _, entry in ipairs(drop_witness(ctx, number, gone)) do name_all(ctx, 'cluster:' .. number, entry[2]) end
     redis.call('ZADD', ctx.derived.topics, args[i + 3], number)
@@ -224,7 +226,7 @@ local function assign(keys, args)
 end
 
 -- edges of a memory to its nearest, in the place of those it had
-local function set_edges(ctx, id, edges)
+local function set_edges(ctx, id, digest, edges)
   local similar = ctx.derived.similar
   for _, edge in ipairs(items_in(similar, 'o' .. id)) do
     local other = string.match(edge, '^(.*)\30')
@@ -237,7 +239,10 @@ local function set_edges(ctx, id, edges)
     put_in(similar, 'i' .. edge.other, id)
     if edge.kind ~= '' then
       local pair = edge.is_newer and edge.other .. '\31' .. id or id .. '\31' .. edge.other
-      redis.call('HSET', ctx.derived.conflicts, pair, edge.kind .. '\31' .. edge.cosine .. '\31' .. edge.why)
+      local older, newer = digest, edge.digest
+      if edge.is_newer then older, newer = newer, older end
+      redis.call('HSET', ctx.derived.conflicts, pair,
+        table.concat({ edge.kind, edge.cosine, edge.why, older, newer }, '\31'))
     end
   end
   redis.call('HSET', similar, 'o' .. id, '\31' .. table.concat(out, '\31') .. (#out > 0 and '\31' or ''))
@@ -266,13 +271,13 @@ local function link(keys, args)
     for i = at + 5, at + 4 + 6 * count, 6 do
       if digest_of(ctx.prefix, args[i]) == args[i + 1] then
         edges[#edges + 1] = {
-          other = args[i], cosine = args[i + 2], kind = args[i + 3], why = args[i + 4], is_newer = args[i + 5] == '1',
+          other = args[i], digest = args[i + 1], cosine = args[i + 2], kind = args[i + 3], why = args[i + 4], is_newer = args[i + 5] == '1',
         }
       end
     end
     local is_true = now == digest and vector == args[at + 2]
     if is_true then
-      set_edges(ctx, id, edges)
+      set_edges(ctx, id, digest, edges)
       join_topic(ctx, id, args[at + 3])
       words[#words + 1] = 'OK'
     else

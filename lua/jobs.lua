@@ -31,6 +31,17 @@ local function is_live(jobs, live, job)
   return entry and #redis.call('XRANGE', jobs, entry, entry) > 0
 end
 
+-- jobs whose entries another hand removed with the stream wait again
+local function restore_lost(jobs, later, live, now_ms)
+  if redis.call('HLEN', live) <= redis.call('XLEN', jobs) then return end
+  for _, job in ipairs(redis.call('HKEYS', live)) do
+    if not is_live(jobs, live, job) then
+      redis.call('HDEL', live, job)
+      redis.call('ZADD', later, 'LT', now_ms, job)
+    end
+  end
+end
+
 local function start(keys, args)
   local jobs, later, live, rest = keys[1], keys[2], keys[3], keys[4]
   local now_ms, limit = whole(args[1], 1, 1e14), whole(args[2], 1, 1000)
@@ -38,6 +49,7 @@ local function start(keys, args)
   local wrong = wrong_jobs(jobs, later, live) or wrong_type(rest, 'zset')
   if wrong then return wrong end
   local started = 0
+  restore_lost(jobs, later, live, now_ms)
   redis.call('ZREMRANGEBYSCORE', rest, '-inf', now_ms)
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', later, '-inf', now_ms, 'LIMIT', 0, limit)) do
     local rests_until = redis.call('ZSCORE', rest, job)

@@ -6,9 +6,9 @@
 --   rm_profile_ro_v1    meta profile | prefix -> generation known(0/1) fields …: 0: there are no memories; where a
 --                       source is gone or changed, only `patched` and what it names
 --   rm_summary_ro_v1    summary | prefix -> fields …; none where there is no summary or a source is gone or changed
---   rm_topics_ro_v1     meta ids topics | prefix cluster_prefix summary_prefix limit
+--   rm_topics_ro_v1     meta ids topics alias | prefix cluster_prefix summary_prefix limit
 --                       -> generation memories categorized, (number size words summary) …: the largest topics; words:
---                       JSON as lua/derive.lua keeps it, without witnesses that are gone
+--                       JSON, without those that no memory is known to have any more
 --   rm_similar_ro_v1    alias meta similar conflicts | prefix id limit
 --                       -> MISSING | OK precomputed(0/1), (id cosine text kind why) …, nearest first
 --   rm_conflicts_ro_v1  conflicts | prefix limit -> total, (kind older newer cosine why older_text newer_text) …:
@@ -20,6 +20,7 @@
 
 local INCOMING = 200
 local CONFLICTS = 2000
+local FLAG = '^([^\31]*)\31([^\31]*)\31([^\31]*)\31([^\31]*)\31([^\31]*)$'
 
 -- part: check
 -- part: derived
@@ -66,19 +67,32 @@ local function summary(keys, args)
   return is_true(args[1], values.sources, values.digests) and flat_of(values) or {}
 end
 
+-- how many memories were not superseded
+local function current(alias, meta, ids)
+  local count = redis.call('ZCARD', ids)
+  if redis.call('HEXISTS', meta, 'superseded') == 0 then return count end
+  local found = redis.pcall('FT.SEARCH', alias, 'ismissing(@superseded_by)', 'LIMIT', 0, 0, 'DIALECT', 2)
+  return found.err and count or found[1]
+end
+
 local function topics(keys, args)
   local meta, ids, by_size, prefix = keys[1], keys[2], keys[3], args[1]
   local limit = whole(args[4], 1, 1000)
-  if not (by_size and limit) then return misuse('rm_topics_ro meta ids topics | prefix cluster_prefix summary_prefix limit') end
+  if not (keys[4] and limit) then return misuse('rm_topics_ro meta ids topics alias | prefix cluster_prefix summary_prefix limit') end
   local categorized, sizes = 0, redis.call('ZREVRANGE', by_size, 0, -1, 'WITHSCORES')
   for i = 2, #sizes, 2 do categorized = categorized + tonumber(sizes[i]) end
-  local reply = { redis.call('HGET', meta, 'generation') or '0', redis.call('ZCARD', ids), categorized }
+  local reply = { redis.call('HGET', meta, 'generation') or '0', current(keys[4], meta, ids), categorized }
   for i = 1, math.min(#sizes, 2 * limit), 2 do
-    local number, words, shown = sizes[i], decoded(redis.pcall('HGET', args[2] .. sizes[i], 'words')), {}
-    for _, entry in ipairs(words) do
-      local is_there = false
-      for _, id in ipairs(entry[2] or {}) do is_there = is_there or redis.call('EXISTS', prefix .. id) == 1 end
-      if is_there then shown[#shown + 1] = entry[1] end
+    local number, shown = sizes[i], {}
+    local raw = redis.pcall('HMGET', args[2] .. number, 'words', 'digests')
+    local digests = decoded(raw[2])
+    for _, entry in ipairs(decoded(raw[1])) do
+      for _, id in ipairs(entry[2] or {}) do
+        if digest_of(prefix, id) == digests[id] then
+          shown[#shown + 1] = entry[1]
+          break
+        end
+      end
     end
     local told = fields_of(args[3] .. 'topic:' .. number)
     local text = is_true(prefix, told.sources, told.digests) and told.text or ''
@@ -126,7 +140,7 @@ end
 
 local function flag_of(conflicts, id, other)
   local raw = redis.call('HGET', conflicts, id .. '\31' .. other) or redis.call('HGET', conflicts, other .. '\31' .. id)
-  local kind, why = string.match(raw or '', '^([^\31]*)\31[^\31]*\31(.*)$')
+  local kind, _, why = string.match(raw or '', FLAG)
   return kind or '', why or ''
 end
 
@@ -158,8 +172,8 @@ local function conflicts(keys, args)
   local pairs_, reply = {}, { redis.call('HLEN', keys[1]) }
   local flat = redis.call('HGETALL', keys[1])
   for i = 1, math.min(#flat, 2 * CONFLICTS), 2 do
-    local kind, cosine, why = string.match(flat[i + 1], '^([^\31]*)\31([^\31]*)\31(.*)$')
-    if kind then pairs_[#pairs_ + 1] = { flat[i], kind, cosine, why } end
+    local kind, cosine, why, old, new = string.match(flat[i + 1], FLAG)
+    if kind then pairs_[#pairs_ + 1] = { flat[i], kind, cosine, why, old, new } end
   end
   table.sort(pairs_, function(a, b)
     if a[2] ~= b[2] then return a[2] < b[2] end
@@ -169,8 +183,9 @@ local function conflicts(keys, args)
   for _, pair in ipairs(pairs_) do
     if #reply >= 1 + 7 * limit then break end
     local older, newer = string.match(pair[1], '^([^\31]*)\31(.*)$')
+    local is_both = digest_of(args[1], older) == pair[5] and digest_of(args[1], newer) == pair[6]
     local old_text, new_text = text_of(args[1], older), text_of(args[1], newer)
-    if old_text and new_text then
+    if is_both and old_text and new_text then
       for _, item in ipairs({ pair[2], older, newer, pair[3], pair[4], old_text, new_text }) do reply[#reply + 1] = item end
     end
   end

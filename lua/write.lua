@@ -270,8 +270,10 @@ local function put_one(ctx, record, stale)
   local version = bump(ctx)
   local created_at = moment(old[5]) or moment(record.created_at) or next_created_at(ctx)
   relink(ctx, record, values.superseded_by, stale)
-  local was_archived = ctx.archived and redis.call('ZREM', ctx.archived, record.id) == 1
-  if there or was_archived then unmake(ctx, record.id) end
+  if ctx.archived then redis.call('ZREM', ctx.archived, record.id) end
+  -- a new one too: another hand may have removed what had this id
+  unmake(ctx, record.id)
+  leave_topic(ctx, record.id)
   local embedded = write_record(ctx, record, version, created_at, there and { CONTENT, ORIGIN, VECTOR } or {})
   note_written(ctx, record.id, values, embedded == 1)
   drop_successor(ctx, record.id, stale)
@@ -347,6 +349,7 @@ local function update(keys, args)
   relink(ctx, record, old[4], stale)
   local created_at = moment(old[3]) or next_created_at(ctx)
   if not minor then unmake(ctx, record.id) end
+  if not keep then leave_topic(ctx, record.id) end
   -- what decays is what the caller gave last
   if old[5] ~= record.values.importance then redis.call('HDEL', ctx.prefix .. record.id, 'base_importance') end
   local embedded = write_record(ctx, record, version, created_at, keep and { CONTENT } or { CONTENT, VECTOR })
@@ -369,6 +372,7 @@ local function delete(keys, args)
     outcomes[i] = 'MISSING'
     unlink(ctx, id, stale)
     unmake(ctx, id)
+    leave_topic(ctx, id)
     drop_from_graphs(ctx, id)
     local archived = ctx.archived and redis.call('ZREM', ctx.archived, id) or 0
     if redis.call('DEL', ctx.prefix .. id) + archived > 0 then
@@ -409,6 +413,7 @@ local function correct(keys, args)
   local stale = {}
   local outcome, version = put_one(ctx, record, stale)
   for _, id in ipairs(olds) do
+    leave_topic(ctx, id)
     if place(ctx, id) ~= '' then
       -- its vector was made from the turn before as well, whose delete will not find it any more
       redis.call('HDEL', ctx.prefix .. id, unpack(VECTOR))

@@ -40,7 +40,7 @@ from redismem.views import (
 logger = logging.getLogger(__name__)
 
 #: topics listed at most
-MOST_TOPICS = 200
+MOST_TOPICS = 100
 
 _MOMENTS = ("compiled_at", "valid_until")
 
@@ -114,7 +114,7 @@ class Views:
         """Return the owner's topics, largest first. Cost: one round trip."""
         generation, memories, categorized, *flat = await self._functions.call(
             "rm_topics_ro_v1",
-            [owner.meta, owner.ids, owner.topics],
+            [owner.meta, owner.ids, owner.topics, owner.index],
             *(owner.memory_prefix, owner.cluster_prefix, owner.summary_prefix, MOST_TOPICS),
             read=True,
         )

@@ -125,7 +125,7 @@ def source_query(kind: str, name: str) -> str:
     """Return the query of memories that a summary may be made from.
 
     Args:
-        kind: see `views.SummaryKind`. A period's query also finds what was written then about another time.
+        kind: see `views.SummaryKind`. Of a period: what happened then, or was written then and has no date.
         name: a topic's number, a period, or an entity as a TAG field holds it.
 
     Raises:
@@ -135,7 +135,8 @@ def source_query(kind: str, name: str) -> str:
         found = _any_of("cluster" if kind == "topic" else "entities", [name])
     else:
         first, end = bounds(kind, name)
-        found = f"(@event_date:[{first} ({end}])|(@created_at:[{first} ({end}])"
+        undated = f"(@created_at:[{first} ({end}] -@event_date:[-inf +inf])"
+        found = f"(@event_date:[{first} ({end}])|{undated}"
     return f"({found}) ismissing(@superseded_by)"
 
 

@@ -148,8 +148,16 @@ local function unmake(ctx, id)
   redis.call('HDEL', derived.made, id)
   unlink_similar(ctx, id)
   redis.call('SREM', derived.fresh, id)
+end
+
+-- a memory that goes, or is about something else from now on, leaves its topic
+local function leave_topic(ctx, id)
+  local derived = ctx.derived
+  if not derived then return end
   local number = redis.call('HGET', ctx.prefix .. id, 'cluster')
-  if number and redis.pcall('HEXISTS', derived.cluster .. number, 'size') == 1 then
+  if not number then return end
+  redis.call('HDEL', ctx.prefix .. id, 'cluster')
+  if redis.pcall('HEXISTS', derived.cluster .. number, 'size') == 1 then
     redis.call('HINCRBY', derived.cluster .. number, 'size', -1)
     redis.call('ZINCRBY', derived.topics, -1, number)
   end

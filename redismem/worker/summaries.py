@@ -11,7 +11,7 @@ import numpy as np
 from redismem.client import Argument
 from redismem.extract import Extract, Sentence, extracted, sentences, shortlist
 from redismem.keys import Owner
-from redismem.periods import bounds, names_of
+from redismem.periods import names_of
 from redismem.query import source_query, unpacked_tags
 from redismem.views import BUDGETS
 from redismem.worker.llm import NoSummary
@@ -56,11 +56,7 @@ async def summary(tools: Tools, owner: Owner, kind: str, name: str) -> None:
 
 async def _sources(tools: Tools, owner: Owner, kind: str, name: str) -> Materials:
     ids = await tools.library.matching(owner, source_query(kind, name), _MOST_MEMORIES)
-    read = await tools.library.read(owner, ids)
-    if kind not in ("topic", "entity"):  # not what was written then about another time
-        first, end = bounds(kind, name)
-        read = _taken(read, [i for i, item in enumerate(read.items) if first <= item.moment_s < end])
-    return read
+    return await tools.library.read(owner, ids)
 
 
 def _taken(read: Materials, places: list[int]) -> Materials:
@@ -71,7 +67,9 @@ def _taken(read: Materials, places: list[int]) -> Materials:
 async def _made(tools: Tools, read: Materials, kind: str, name: str) -> tuple[Extract, str]:
     if not read.items:
         return Extract("", (), 0), EXTRACTIVE
-    listed = _taken(read, shortlist(read.items, read.vectors, _SHORTLIST))
+    # of many memories this takes long enough to hold up reads
+    chosen = await tools.pool.run(shortlist, read.items, read.vectors, _SHORTLIST)
+    listed = _taken(read, chosen)
     budget, count = BUDGETS[kind], tools.embedder.count_tokens
     if tools.language_model is not None:
         order = sorted(listed.items, key=lambda item: item.moment_s)

@@ -82,7 +82,7 @@ async def test_a_search_answers_with_the_documented_shape(http: httpx.AsyncClien
         ({"topics": "Pets"}, ""),
         ({"entities": ["Ben", "Zoe"]}, "dog"),
         ({"session_id": "s/1"}, "job"),
-        ({"importance": {"gt": 0.8}}, "cat"),
+        ({"importance": {"gt": 0.8}, "pinned": False}, "cat"),
         ({"confidence": {"lt": 1}}, ""),
         ({"event_date": {"gte": "2026-03-01T00:00:00", "lt": "2026-03-02T00:00:00"}}, "trip"),
         ({"created_at": {"lt": "2020-01-01T00:00:00Z"}}, ""),

@@ -220,12 +220,13 @@ def test_statements_that_differ_in_words_too_are_no_versions() -> None:
     assert extracted(candidates, vectors, 100, count_tokens).text == "Ida baked 3 rye loaves."
 
 
-def test_of_two_equally_central_statements_the_weightier_is_told() -> None:
-    candidates = [statement("Moss grows slowly.", 0, 0.3), statement("Paul sold boats.", 1, 0.6)]
-    vectors = np.eye(2, dtype=np.float32)[:, [1, 0]]
-    vectors[0] = [0.6, 0.8]  # the lighter one is a little more central
-    vectors[1] = [0.0, 1.0]
-    assert extracted(candidates, vectors, 5, count_tokens).text == "Paul sold boats."
+def test_weight_outdoes_a_little_more_centrality() -> None:
+    light = [statement(f"{name} sold boats.", 0, 0.3) for name in ("Paul", "Ida", "Nora")]
+    heavy = statement("Moss grows slowly.", 1, 0.6)
+    vectors = np.array([[1, 0, 0], [0.8, 0.6, 0], [0.8, -0.6, 0], [0.5, 0, 0.866]], np.float32)
+    assert extracted([*light, heavy], vectors, 5, count_tokens).text == "Moss grows slowly."
+    equal = [*light, statement("Moss grows slowly.", 1, 0.3)]
+    assert extracted(equal, vectors, 5, count_tokens).text == "Paul sold boats."
 
 
 def test_the_central_and_the_pinned_go_before_the_odd() -> None:
