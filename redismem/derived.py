@@ -17,6 +17,7 @@ import msgspec
 
 from redismem.coherence import Coherence
 from redismem.errors import IndexMissing, InvalidInput, NotFound, StoreError, Unavailable
+from redismem.fields import checked_name
 from redismem.jobs import Jobs
 from redismem.keys import PROFILE_ID, Owner
 from redismem.lualib import Functions
@@ -142,6 +143,10 @@ class Views:
 
         Cost: one round trip; three where there is none.
         """
+        try:
+            name = checked_name(name, "name")
+        except ValueError as exc:
+            raise InvalidInput.from_value(exc) from exc
         packed = packed_tags([name]) if kind == "entity" else name
         if kind == "topic" and not (name.isascii() and name.isdigit()):
             raise InvalidInput("a topic has a number, as `topics` tells it", field="name")

@@ -13,17 +13,17 @@ PeriodKind = Literal["day", "week", "month"]
 #: how each kind is written, for errors
 SHAPES = {"day": "2026-11-26", "week": "2026-W48", "month": "2026-11"}
 
-_WEEK = re.compile(r"(\d{4})-W(\d{2})\Z")
-_MONTH = re.compile(r"(\d{4})-(\d{2})\Z")
+_WEEK = re.compile(r"([0-9]{4})-W([0-9]{2})\Z")
+_MONTH = re.compile(r"([0-9]{4})-([0-9]{2})\Z")
 
 
 def names_of(moment: datetime) -> list[tuple[PeriodKind, str]]:
     """Return the day, the ISO week and the month of a moment."""
     year, week, _ = moment.isocalendar()
     return [
-        ("day", f"{moment:%Y-%m-%d}"),
+        ("day", moment.date().isoformat()),
         ("week", f"{year:04d}-W{week:02d}"),
-        ("month", f"{moment:%Y-%m}"),
+        ("month", moment.date().isoformat()[:7]),
     ]
 
 

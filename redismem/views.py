@@ -20,7 +20,7 @@ BUDGETS = {"profile": 500, "topic": 200, "day": 300, "week": 300, "month": 300, 
 Line = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
-class Profile(Struct, kw_only=True, omit_defaults=True):
+class Profile(Struct, kw_only=True):
     """What is known of a user, ready for a prompt. `context_summary` has 500 tokens at most.
 
     Fields that a caller set by PATCH are named in `patched`; the others are derived from the memories.
@@ -73,6 +73,9 @@ class ProfilePatch(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaul
                 setattr(self, name, checked_name(value, name))
             elif isinstance(value, list):
                 setattr(self, name, checked_names(value, name))
+            elif isinstance(value, dict):
+                pairs = value.items()
+                setattr(self, name, {checked_name(key, name): checked_name(one, name) for key, one in pairs})
 
 
 #: fields of a profile that a caller may set

@@ -95,7 +95,7 @@ def summary(settings: Settings, user: str, kind: SummaryKind, name: str, fresh: 
         owner = service.owner(user)
         found = await service.views.summary(owner, kind, name)
         if fresh or found is None:
-            packed = packed_tags([name]) if kind == "entity" else name
+            packed = packed_tags([name.strip()]) if kind == "entity" else name.strip()
             await service.worker.make(owner, f"summary:{kind}:{packed}")
             found = await service.views.summary(owner, kind, name)
         if found is None:

@@ -9,6 +9,7 @@ import msgspec
 from rich.text import Text
 
 from redismem.cli.shell import json_option, main, print_json, run, settled
+from redismem.errors import NotFound
 from redismem.jobs import DeadLetter, JobCounts
 from redismem.progress import console, table
 from redismem.service import Service
@@ -35,12 +36,18 @@ def worker(settings: Settings, once: bool) -> None:
 
 
 @main.group(invoke_without_command=True)
+@click.pass_context
+def jobs(ctx: click.Context) -> None:
+    """Show the jobs that wait, and those that failed too often; `list` unless told otherwise."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_)
+
+
+@jobs.command("list")
 @json_option
 @settled
-def jobs(settings: Settings, as_json: bool) -> None:
+def list_(settings: Settings, as_json: bool = False) -> None:
     """Show the jobs that wait, and those that failed too often."""
-    if click.get_current_context().invoked_subcommand is not None:
-        return
 
     async def work(service: Service) -> tuple[JobCounts, list[DeadLetter]]:
         return await service.jobs.counts(), await service.jobs.dead()
@@ -63,5 +70,8 @@ def jobs(settings: Settings, as_json: bool) -> None:
 @click.argument("names", metavar="[JOB]…", nargs=-1)
 @settled
 def retry(settings: Settings, names: tuple[str, ...]) -> None:
-    """Let dead letters wait again: all, or each JOB as `redismem jobs` shows it."""
-    click.echo(f"{run(settings, lambda service: service.jobs.retry(names)):,} jobs wait again")
+    """Let dead letters wait again: all, or each JOB as `redismem jobs list --json` shows it."""
+    count = run(settings, lambda service: service.jobs.retry(names))
+    if names and not count:
+        raise NotFound("no dead letter has such a name")
+    click.echo(f"{count:,} jobs wait again")

@@ -55,7 +55,10 @@ _STRINGS: dict[tuple[int, int], Schema] = {
 }
 
 #: string properties that are times
-_TIMES = {"at", "event_date", "created_at", "updated_at", "gt", "gte", "lt", "lte"}
+_TIMES = {
+    *("at", "event_date", "created_at", "updated_at", "gt", "gte", "lt", "lte"),
+    *("compiled_at", "valid_until", "generated_at"),
+}
 
 
 def _given(*names: str) -> Schema:
@@ -78,6 +81,7 @@ _RANGE: Schema = {
 _RULES: dict[str, Schema] = {
     "MemoryPatch": {"minProperties": 1},
     "ProfilePatch": {"minProperties": 1},
+    "ProfilePatch.preferred_formats": {"propertyNames": _STRINGS[1, 256]},
     "TagMatch": {
         "anyOf": [
             {"required": [name], "properties": {name: {"minItems": 1}}} for name in ("any", "all", "none")

@@ -110,14 +110,10 @@ def _owner(request: Request) -> Owner:
 
 
 def _memory_id(request: Request) -> str:
-    return _checked(path_part(request, "id"), "id")
-
-
-def _checked(name: str, what: str) -> str:
     try:
-        return checked_name(name, what)
+        return checked_name(path_part(request, "id"), "id")
     except ValueError as exc:
-        raise InvalidInput(str(exc), field=what) from exc
+        raise InvalidInput(str(exc), field="id") from exc
 
 
 async def _body(request: Request, kind: type[Any]) -> Any:
@@ -369,8 +365,7 @@ async def list_topics(request: Request) -> Response:
 async def get_summary(request: Request) -> Response:
     """Read a summary; 202 when it is being made."""
     kind = converted({"kind": path_part(request, "kind")}, _SummaryPath).kind
-    name = _checked(path_part(request, "name"), "name")
-    summary = await _service(request).views.summary(_owner(request), kind, name)
+    summary = await _service(request).views.summary(_owner(request), kind, path_part(request, "name"))
     if summary is None:
         return json_response(Queued(), 202, {"Retry-After": "1"})
     return json_response(summary)

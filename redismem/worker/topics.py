@@ -95,7 +95,7 @@ async def topics(tools: Tools, owner: Owner) -> None:
         [owner.meta, *owner.derived, owner.centroids],
         *(owner.memory_prefix, tools.now_ms(), max(0, int(counted[0] or 0)), *names),
     )
-    await _queue_summaries(tools, owner, made, known)
+    await _queue_dependents(tools, owner, made, known)
 
 
 def _clustered(
@@ -149,7 +149,7 @@ async def _assign(tools: Tools, owner: Owner, made: Sequence[Topic], read: Mater
         await tools.functions.call("rm_assign_v1", [owner.meta, *owner.derived], *head, *part)
 
 
-async def _queue_summaries(
+async def _queue_dependents(
     tools: Tools, owner: Owner, made: Sequence[Topic], known: dict[int, frozenset[str]]
 ) -> None:
     summaries = await tools.client.execute("ZRANGE", owner.summarized, 0, -1)
@@ -160,8 +160,8 @@ async def _queue_summaries(
         share = len(members ^ before) / max(1, len(members | before))
         if share > _CHANGED or f"topic:{topic.number}" not in there:
             changed.append(f"summary:topic:{topic.number}")
-    if changed:
-        await tools.jobs.queue(owner, *changed)
+    # the profile tells the topics
+    await tools.jobs.queue(owner, "profile", *changed)
 
 
 async def labelled(tools: Tools, owner: Owner) -> list[Topic]:
