@@ -16,8 +16,8 @@
 --   rm_topics_end_v1   meta D centroids | prefix now_ms clustered, numbers … -> OK removed: the topics that are left;
 --                      clustered: how many of the new memories were in it
 --   rm_assign_v1       meta D | prefix now_ms, (id digest cluster) … -> how many changed; an empty cluster takes it away
---   rm_link_v1         meta D | prefix now_ms, (id digest vector_digest cluster count, (other digest cosine kind why
---                      is_newer) …) … -> a word an id: OK STALE GONE; vector_digest: 16 of its SHA-1, or empty where it
+--   rm_link_v1         meta D | prefix now_ms, (id digest vector_digest cluster count, (other digest vector_digest
+--                      cosine kind why is_newer) …) … -> a word an id: OK STALE GONE; vector_digest: 16 of its SHA-1, or empty where it
 --                      has none; kind: duplicate, contradiction or empty; is_newer: id came later
 --   rm_decay_v1        meta D weights | prefix now_ms step, ids … -> how many changed by at least step
 --
@@ -258,24 +258,29 @@ local function join_topic(ctx, id, number)
   end
 end
 
+local function vector_digest(key, field)
+  local vector = redis.call('HGET', key, field)
+  return vector and string.sub(redis.sha1hex(vector), 1, 16) or ''
+end
+
 local function link(keys, args)
   local ctx, refusal = context_of(keys, args)
   if not ctx then return refusal end
   local words, at, field = {}, 3, redis.call('HGET', ctx.meta, 'vector_field') or 'embedding'
   while at <= #args do
     local id, digest, count = args[at], args[at + 1], whole(args[at + 4], 0, 100)
-    if not count or #args < at + 4 + 6 * count then return misuse('rm_link: an item is cut off') end
+    if not count or #args < at + 4 + 7 * count then return misuse('rm_link: an item is cut off') end
     local now, edges = digest_of(ctx.prefix, id), {}
-    local vector = now and redis.call('HGET', ctx.prefix .. id, field)
-    vector = vector and string.sub(redis.sha1hex(vector), 1, 16) or ''
-    for i = at + 5, at + 4 + 6 * count, 6 do
-      if digest_of(ctx.prefix, args[i]) == args[i + 1] then
+    for i = at + 5, at + 4 + 7 * count, 7 do
+      local other, digest_then = args[i], args[i + 1]
+      if digest_of(ctx.prefix, other) == digest_then and vector_digest(ctx.prefix .. other, field) == args[i + 2] then
         edges[#edges + 1] = {
-          other = args[i], digest = args[i + 1], cosine = args[i + 2], kind = args[i + 3], why = args[i + 4], is_newer = args[i + 5] == '1',
+          other = other, digest = digest_then, cosine = args[i + 3], kind = args[i + 4], why = args[i + 5],
+          is_newer = args[i + 6] == '1',
         }
       end
     end
-    local is_true = now == digest and vector == args[at + 2]
+    local is_true = now == digest and vector_digest(ctx.prefix .. id, field) == args[at + 2]
     if is_true then
       set_edges(ctx, id, digest, edges)
       join_topic(ctx, id, args[at + 3])
@@ -284,7 +289,7 @@ local function link(keys, args)
       words[#words + 1] = now and 'STALE' or 'GONE'
     end
     if is_true or not now then redis.call('SREM', ctx.derived.fresh, id) end
-    at = at + 5 + 6 * count
+    at = at + 5 + 7 * count
   end
   return words
 end

@@ -221,7 +221,7 @@ end
 
 -- what a rewrite removes unless it sets it; other services' own fields stay
 local CONTENT = { 'words', 'day', 'topics', 'entities', 'session_id', 'event_date', 'metadata', 'metadata_tags' }
-local ORIGIN = { 'superseded_by', 'sources' }
+local ORIGIN = { 'superseded_by', 'sources', 'base_importance' }
 local VECTOR = { 'embedding', 'embedding_next', 'embedder', 'embedder_next', 'cluster' }
 
 local function write_record(ctx, record, version, created_at, removed)
@@ -351,7 +351,7 @@ local function update(keys, args)
   if not minor then unmake(ctx, record.id) end
   if not keep then leave_topic(ctx, record.id) end
   -- what decays is what the caller gave last
-  if old[5] ~= record.values.importance then redis.call('HDEL', ctx.prefix .. record.id, 'base_importance') end
+  if tonumber(old[5] or '') ~= tonumber(record.values.importance or '') then redis.call('HDEL', ctx.prefix .. record.id, 'base_importance') end
   local embedded = write_record(ctx, record, version, created_at, keep and { CONTENT } or { CONTENT, VECTOR })
   record.values.superseded_by = old[4] or nil
   note_written(ctx, record.id, record.values, embedded == 1)

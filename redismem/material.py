@@ -68,10 +68,11 @@ class Topic:
         return ", ".join(entry.word for entry in self.words[:LABEL_WORDS])
 
 
-def digest(text: bytes, topics: bytes = b"", entities: bytes = b"") -> str:
+def digest(text: bytes, topics: bytes = b"", entities: bytes = b"", event_date: bytes = b"") -> str:
     """Return 16 characters that change with what a memory says; lua/parts/derived.lua makes the same.
 
     Args:
-        topics, entities: as the hash stores them.
+        topics, entities, event_date: as the hash stores them.
     """
-    return sha1(b"\x1f".join((text, topics, entities)), usedforsecurity=False).hexdigest()[:16]
+    said = b"\x1f".join((text, topics, entities, event_date))
+    return sha1(said, usedforsecurity=False).hexdigest()[:16]

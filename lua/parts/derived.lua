@@ -39,9 +39,10 @@ end
 
 -- what a memory says, in 16 characters; nil when it is gone or superseded
 local function digest_of(prefix, id)
-  local raw = redis.pcall('HMGET', prefix .. id, 'text', 'topics', 'entities', 'superseded_by')
-  if not raw[1] or raw[4] then return nil end
-  return string.sub(redis.sha1hex(raw[1] .. '\31' .. (raw[2] or '') .. '\31' .. (raw[3] or '')), 1, 16)
+  local raw = redis.pcall('HMGET', prefix .. id, 'text', 'topics', 'entities', 'event_date', 'superseded_by')
+  if not raw[1] or raw[5] then return nil end
+  local said = { raw[1], raw[2] or '', raw[3] or '', raw[4] or '' }
+  return string.sub(redis.sha1hex(table.concat(said, '\31')), 1, 16)
 end
 
 local function decoded(text)

@@ -114,7 +114,7 @@ def _material(memory_id: str, raw: Sequence[bytes | None], cluster: bytes | None
     return Material(
         id=memory_id,
         text=_decoded(text),
-        digest=digest(text or b"", topics or b"", entities or b""),
+        digest=digest(text or b"", topics or b"", entities or b"", event_date or b""),
         memory_type=_decoded(memory_type) or "semantic",
         topics=tuple(unpacked_tags(_decoded(topics))),
         entities=tuple(unpacked_tags(_decoded(entities))),

@@ -11,8 +11,9 @@ import numpy as np
 from redismem.client import Argument
 from redismem.extract import Extract, Sentence, extracted, sentences, shortlist
 from redismem.keys import Owner
-from redismem.periods import names_of
-from redismem.query import source_query, unpacked_tags
+from redismem.material import Material
+from redismem.periods import bounds, names_of
+from redismem.query import packed_tags, source_query, unpacked_tags
 from redismem.views import BUDGETS
 from redismem.worker.llm import NoSummary
 from redismem.worker.materials import Materials
@@ -56,7 +57,18 @@ async def summary(tools: Tools, owner: Owner, kind: str, name: str) -> None:
 
 async def _sources(tools: Tools, owner: Owner, kind: str, name: str) -> Materials:
     ids = await tools.library.matching(owner, source_query(kind, name), _MOST_MEMORIES)
-    return await tools.library.read(owner, ids)
+    read = await tools.library.read(owner, ids)
+    return _taken(read, [i for i, item in enumerate(read.items) if _belongs(item, kind, name)])
+
+
+def _belongs(item: Material, kind: str, name: str) -> bool:
+    """Return whether a memory belongs to it as it was read: after it was found it may have changed."""
+    if kind == "topic":
+        return item.cluster == name
+    if kind == "entity":
+        return name in [packed_tags([one]) for one in item.entities]
+    first, end = bounds(kind, name)
+    return first <= item.moment_s < end
 
 
 def _taken(read: Materials, places: list[int]) -> Materials:

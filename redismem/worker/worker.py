@@ -11,6 +11,7 @@ import logging
 import random
 import secrets
 import time
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -137,11 +138,14 @@ class Worker:
         started = time.perf_counter()
         try:
             await self._perform(job)
-        except Exception as exc:  # whatever it is, the job must not be lost
+        except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not be lost
             is_dead = await self._jobs.failed(job, _shown(exc))
             self.counts[f"{kind} {'dead' if is_dead else 'retried'}"] += 1
-            level = logging.ERROR if is_dead else logging.INFO
-            logger.log(level, "job %s failed: %s", kind, _shown(exc), exc_info=is_dead)
+            if is_dead:  # where it happened, without what a foreign error may quote
+                where = "".join(traceback.format_tb(exc.__traceback__))
+                logger.warning("job %s failed too often: %s\n%s", kind, _shown(exc), where)
+            else:
+                logger.info("job %s is tried again: %s", kind, _shown(exc))
         else:
             await self._jobs.done(job, time.perf_counter() - started)
             self.counts[f"{kind} done"] += 1
