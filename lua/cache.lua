@@ -5,8 +5,8 @@
 -- Functions (KEYS -> ARGV -> reply)
 --   rm_touch_v1  hot hits [meta used] | prefix now_ms ttl_ms capacity, (id count) …
 --                -> OK touched evicted: adds count to the accesses of each memory that still exists, and sets
---                its last access, and last_read in meta, to now_ms, the access in used for good; then evicts every id that was not used for longer than ttl_ms and,
---                until capacity remain, the lowest access_count / max(1, seconds since the last access),
+--                its last access, and last_read in meta, to now_ms, the access in used for good; then evicts
+--                every id that was not used for longer than ttl_ms and, until capacity remain, the lowest access_count / max(1, seconds since the last access),
 --                the lower id first of equals
 --
 -- Complexity: O(ids); O(hot set) when it is over capacity (1 ms at 1,000). Exact, where Redis's own LFU

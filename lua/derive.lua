@@ -17,8 +17,8 @@
 --                      clustered: how many of the new memories were in it
 --   rm_assign_v1       meta D | prefix now_ms, (id digest cluster) … -> how many changed; an empty cluster takes it away
 --   rm_link_v1         meta D | prefix now_ms, (id digest vector_digest cluster count, (other digest vector_digest
---                      cosine kind why is_newer) …) … -> a word an id: OK STALE GONE; vector_digest: 16 of its SHA-1, or empty where it
---                      has none; kind: duplicate, contradiction or empty; is_newer: id came later
+--                      cosine kind why is_newer) …) … -> a word an id: OK STALE GONE; vector_digest: 16 of its
+--                      SHA-1, or empty where it has none; kind: duplicate, contradiction or empty; is_newer: id came later
 --   rm_decay_v1        meta D weights | prefix now_ms step, ids … -> how many changed by at least step
 --
 -- Complexity: O(items); re-indexing takes 0.1 ms for each memory whose topic or importance changes.
@@ -163,7 +163,8 @@ local function topics(keys, args)
   for i = 5, #args, 6 do
     local wrong = wrong_type(cluster .. args[i], 'hash')
     if wrong then return wrong end
-    if not (whole(args[i], 1, 2 ^ 53) and whole(args[i + 3], 0, 2 ^ 53)) then return misuse('rm_topics: number and size') end
+    local is_whole = whole(args[i], 1, 2 ^ 53) and whole(args[i + 3], 0, 2 ^ 53)
+    if not is_whole then return misuse('rm_topics: number and size') end
   end
   for i = 5, #args, 6 do
     local number, key, digests, gone = args[i], cluster .. args[i], decoded(args[i + 5]), {}
@@ -251,8 +252,11 @@ end
 local function join_topic(ctx, id, number)
   local key = ctx.prefix .. id
   if number == '' or redis.call('HEXISTS', key, 'cluster') == 1 then return end
+  local is_topic = redis.pcall('HEXISTS', ctx.derived.cluster .. number, 'size') == 1
+  -- a topic that went meanwhile has no members
+  if whole(number, 1, 2 ^ 53) and not is_topic then return end
   redis.call('HSET', key, 'cluster', number)
-  if redis.pcall('HEXISTS', ctx.derived.cluster .. number, 'size') == 1 then
+  if is_topic then
     redis.call('HINCRBY', ctx.derived.cluster .. number, 'size', 1)
     redis.call('ZINCRBY', ctx.derived.topics, 1, number)
   end

@@ -68,8 +68,9 @@ end
 local function drop_derived(keys)
   local topics, summaries, summary, cluster, count = keys[18], keys[19], keys[20], keys[21], 0
   if not cluster then return 0 end
-  for _, name in ipairs(redis.pcall('ZRANGE', summaries, 0, -1)) do count = count + redis.call('UNLINK', summary .. name) end
-  for _, name in ipairs(redis.pcall('ZRANGE', topics, 0, -1)) do count = count + redis.call('UNLINK', cluster .. name) end
+  for by, prefix in pairs({ [summaries] = summary, [topics] = cluster }) do
+    for _, name in ipairs(redis.pcall('ZRANGE', by, 0, -1)) do count = count + redis.call('UNLINK', prefix .. name) end
+  end
   return count + redis.call('UNLINK', unpack(keys, 12, 19))
 end
 

@@ -78,7 +78,7 @@ end
 local function topics(keys, args)
   local meta, ids, by_size, prefix = keys[1], keys[2], keys[3], args[1]
   local limit = whole(args[4], 1, 1000)
-  if not (keys[4] and limit) then return misuse('rm_topics_ro meta ids topics alias | prefix cluster_prefix summary_prefix limit') end
+  if not (keys[4] and limit) then return misuse('rm_topics_ro meta ids topics alias | prefix … limit') end
   local categorized, sizes = 0, redis.call('ZREVRANGE', by_size, 0, -1, 'WITHSCORES')
   for i = 2, #sizes, 2 do categorized = categorized + tonumber(sizes[i]) end
   local reply = { redis.call('HGET', meta, 'generation') or '0', current(keys[4], meta, ids), categorized }
@@ -129,8 +129,8 @@ end
 local function searched(alias, prefix, id, vector, limit)
   local cosines = {}
   if not vector then return cosines end
-  local found = redis.pcall('FT.SEARCH', alias, '(ismissing(@superseded_by))=>[KNN ' .. limit + 1 .. ' @embedding $v AS d]',
-    'PARAMS', 2, 'v', vector, 'RETURN', 1, 'd', 'LIMIT', 0, limit + 1, 'DIALECT', 2)
+  local query = '(ismissing(@superseded_by))=>[KNN ' .. limit + 1 .. ' @embedding $v AS d]'
+  local found = redis.pcall('FT.SEARCH', alias, query, 'PARAMS', 2, 'v', vector, 'RETURN', 1, 'd', 'LIMIT', 0, limit + 1, 'DIALECT', 2)
   for i = 2, found.err and 0 or #found, 2 do
     local other, distance = string.sub(found[i], #prefix + 1), found[i + 1] and tonumber(found[i + 1][2] or '')
     if distance and other ~= id then cosines[other] = string.format('%.4f', math.min(1, 1 - distance)) end
@@ -186,7 +186,8 @@ local function conflicts(keys, args)
     local is_both = digest_of(args[1], older) == pair[5] and digest_of(args[1], newer) == pair[6]
     local old_text, new_text = text_of(args[1], older), text_of(args[1], newer)
     if is_both and old_text and new_text then
-      for _, item in ipairs({ pair[2], older, newer, pair[3], pair[4], old_text, new_text }) do reply[#reply + 1] = item end
+      local told = { pair[2], older, newer, pair[3], pair[4], old_text, new_text }
+      for _, item in ipairs(told) do reply[#reply + 1] = item end
     end
   end
   return reply

@@ -351,7 +351,8 @@ local function update(keys, args)
   if not minor then unmake(ctx, record.id) end
   if not keep then leave_topic(ctx, record.id) end
   -- what decays is what the caller gave last
-  if tonumber(old[5] or '') ~= tonumber(record.values.importance or '') then redis.call('HDEL', ctx.prefix .. record.id, 'base_importance') end
+  local is_same = tonumber(old[5] or '') == tonumber(record.values.importance or '')
+  if not is_same then redis.call('HDEL', ctx.prefix .. record.id, 'base_importance') end
   local embedded = write_record(ctx, record, version, created_at, keep and { CONTENT } or { CONTENT, VECTOR })
   record.values.superseded_by = old[4] or nil
   note_written(ctx, record.id, record.values, embedded == 1)

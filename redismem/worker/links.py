@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,10 @@ from redismem.client import Argument
 from redismem.codec import vector_bytes
 from redismem.keys import Owner
 from redismem.material import Material
-from redismem.similarity import NEAREST, flagged, nearest
+from redismem.similarity import NEAREST, Flag, flagged, nearest
 from redismem.worker.materials import NO_VECTOR, Materials
 from redismem.worker.tools import Tools
-from redismem.worker.topics import centres_of, nearest_topic
+from redismem.worker.topics import Centres, centres_of, nearest_topic
 
 #: new memories up to which Redis is asked for the nearest of each; more are compared here, in one go
 _FEW = 100
@@ -31,14 +32,15 @@ _IMPORTANT = 0.7
 _MOST_ROUNDS = 3
 
 
-class _Neighbour(NamedTuple):
-    memory: Material
+@dataclass(frozen=True, slots=True)
+class _Edge:
+    """From a memory to one near it."""
+
+    other: Material
     vector_digest: str
-    vector: NDArray[np.float32]
-
-
-#: neighbours with their cosines, best first
-_Near = list[tuple[_Neighbour, float]]
+    cosine: float
+    flag: Flag | None
+    is_newer: bool
 
 
 async def link(tools: Tools, owner: Owner) -> None:
@@ -50,10 +52,11 @@ async def link(tools: Tools, owner: Owner) -> None:
         fresh = [one.decode("utf-8", "replace") for one in raw]
         if await tools.client.execute("ZCARD", owner.ids) > _MOST_MEMORIES:
             fresh = await _important(tools, owner, fresh)
+        centres = await centres_of(tools, owner)
         if len(fresh) > _FEW:
-            await _link_many(tools, owner, fresh)
+            await _link_many(tools, owner, fresh, centres)
         else:
-            await _link_few(tools, owner, fresh)
+            await _link_few(tools, owner, fresh, centres)
 
 
 async def _important(tools: Tools, owner: Owner, fresh: list[str]) -> list[str]:
@@ -67,25 +70,22 @@ async def _important(tools: Tools, owner: Owner, fresh: list[str]) -> list[str]:
     return kept
 
 
-async def _link_few(tools: Tools, owner: Owner, fresh: Sequence[str]) -> None:
+async def _link_few(tools: Tools, owner: Owner, fresh: Sequence[str], centres: Centres) -> None:
     for first in range(0, len(fresh), _SLICE):
         read = await tools.library.read(owner, fresh[first : first + _SLICE])
         gone = set(fresh[first : first + _SLICE]) - {item.id for item in read.items}
-        near = []
+        found = []
         for item, vector, digest in zip(read.items, read.vectors, read.vector_digests, strict=True):
-            near.append([] if digest == NO_VECTOR else await _searched(tools, owner, item.id, vector))
-        others = await tools.library.read(owner, list({one for found in near for one in found}))
-        known = {
-            item.id: _Neighbour(item, digest, vector)
-            for item, digest, vector in zip(others.items, others.vector_digests, others.vectors, strict=True)
-            if digest != NO_VECTOR
-        }
-        # by the vectors that were read: what was found may have changed meanwhile
-        edges = [
-            [(known[one], float(known[one].vector @ vector)) for one in found if one in known]
-            for found, vector in zip(near, read.vectors, strict=True)
-        ]
-        await _store(tools, owner, read, edges, gone)
+            found.append([] if digest == NO_VECTOR else await _searched(tools, owner, item.id, vector))
+        others = await tools.library.read(owner, list({one for ids in found for one in ids}))
+        places = {item.id: i for i, item in enumerate(others.items) if others.vector_digests[i] != NO_VECTOR}
+        edges = []
+        for item, vector, ids in zip(read.items, read.vectors, found, strict=True):
+            near = [places[one] for one in ids if one in places]
+            # by the vectors that were read: what was found may have changed meanwhile
+            edges.append(_edges(item, [(i, float(others.vectors[i] @ vector)) for i in near], others))
+            await asyncio.sleep(0)  # comparing words takes up to 0.5 ms a neighbour
+        await _store(tools, owner, read, edges, gone, centres)
 
 
 async def _searched(tools: Tools, owner: Owner, memory_id: str, vector: NDArray[np.float32]) -> list[str]:
@@ -99,45 +99,56 @@ async def _searched(tools: Tools, owner: Owner, memory_id: str, vector: NDArray[
     return [other for other in found if other != memory_id][:NEAREST]
 
 
-async def _link_many(tools: Tools, owner: Owner, fresh: Sequence[str]) -> None:
+async def _link_many(tools: Tools, owner: Owner, fresh: Sequence[str], centres: Centres) -> None:
     everything = await tools.library.all(owner)
     wanted = set(fresh)
-    gone = wanted - {item.id for item in everything.items}
-    usable = [i for i, one in enumerate(everything.vector_digests) if one != NO_VECTOR]
-    rows = [place for place, i in enumerate(usable) if everything.items[i].id in wanted]
-    found = await tools.pool.run(nearest, everything.vectors[usable], rows)
-
-    def everything_at(place: int) -> _Neighbour:
-        digest, vector = everything.vector_digests[place], everything.vectors[place]
-        return _Neighbour(everything.items[place], digest, vector)
-
-    near: dict[int, _Near] = {
-        usable[row]: [(everything_at(usable[other]), cosine) for other, cosine in one]
-        for row, one in zip(rows, found, strict=True)
-    }
     places = [i for i, item in enumerate(everything.items) if item.id in wanted]
-    for first in range(0, len(places), _SLICE):
+    edges = await tools.pool.run(_all_edges, everything, places)
+    gone = wanted - {everything.items[i].id for i in places}
+    for first in range(0, max(1, len(places)), _SLICE):
         part = places[first : first + _SLICE]
-        read = Materials(
-            [everything.items[i] for i in part],
-            everything.vectors[part],
-            [everything.vector_digests[i] for i in part],
-        )
-        await _store(tools, owner, read, [near.get(i, []) for i in part], gone)
+        await _store(tools, owner, everything.taken(part), edges[first : first + _SLICE], gone, centres)
         gone = set()
 
 
-async def _store(tools: Tools, owner: Owner, read: Materials, edges: Sequence[_Near], gone: set[str]) -> None:
-    centres = await centres_of(tools, owner)
+def _all_edges(everything: Materials, places: Sequence[int]) -> list[list[_Edge]]:
+    usable = [i for i, one in enumerate(everything.vector_digests) if one != NO_VECTOR]
+    row_of = {i: row for row, i in enumerate(usable)}
+    asked = [i for i in places if i in row_of]
+    found = dict(zip(asked, nearest(everything.vectors[usable], [row_of[i] for i in asked]), strict=True))
+    return [
+        _edges(everything.items[i], [(usable[row], cosine) for row, cosine in found.get(i, ())], everything)
+        for i in places
+    ]
+
+
+def _edges(item: Material, near: Sequence[tuple[int, float]], others: Materials) -> list[_Edge]:
+    """Return the edges of a memory to its neighbours, given by their places, with cosines."""
+    made = []
+    for place, cosine in near:
+        other = others.items[place]
+        is_newer = (item.moment_s, item.created_s) >= (other.moment_s, other.created_s)
+        flag = flagged(item, other, cosine)
+        made.append(_Edge(other, others.vector_digests[place], min(1.0, cosine), flag, is_newer))
+    return made
+
+
+async def _store(
+    tools: Tools,
+    owner: Owner,
+    read: Materials,
+    edges: Sequence[Sequence[_Edge]],
+    gone: set[str],
+    centres: Centres,
+) -> None:
     arguments: list[Argument] = []
     for item, vector, digest, near in zip(read.items, read.vectors, read.vector_digests, edges, strict=True):
         topic = nearest_topic(centres, vector) if digest != NO_VECTOR else ""
         arguments += [item.id, item.digest, digest, topic, len(near)]
-        for (other, other_digest, _), cosine in near:
-            flag = flagged(item, other, cosine)
-            is_newer = (item.moment_s, item.created_s) >= (other.moment_s, other.created_s)
-            arguments += [other.id, other.digest, other_digest, f"{min(1.0, cosine):.4f}"]
-            arguments += [flag.kind if flag else "", flag.why if flag else "", int(is_newer)]
+        for edge in near:
+            arguments += [edge.other.id, edge.other.digest, edge.vector_digest, f"{edge.cosine:.4f}"]
+            arguments += [edge.flag.kind, edge.flag.why] if edge.flag else ["", ""]
+            arguments.append(int(edge.is_newer))
     for memory_id in gone:  # the Function sees whether it is
         arguments += [memory_id, "", "", "", 0]
     if arguments:

@@ -40,6 +40,11 @@ class Materials:
     #: as rm_link compares them
     vector_digests: list[str]
 
+    def taken(self, places: Sequence[int]) -> Materials:
+        """Return some of them."""
+        digests = [self.vector_digests[i] for i in places]
+        return Materials([self.items[i] for i in places], self.vectors[list(places)], digests)
+
     def with_vectors(self) -> tuple[list[Material], NDArray[np.float32]]:
         """Return the memories that have a vector, and their vectors."""
         places = [i for i, one in enumerate(self.vector_digests) if one != NO_VECTOR]
@@ -85,7 +90,7 @@ class Library:
         )
         width = int(dim or 1)
         items: list[Material] = []
-        rows: list[bytes] = []
+        vectors, digests = [np.zeros((0, width), np.float32)], list[str]()
         for first in range(0, len(ids), _SLICE):
             part = ids[first : first + _SLICE]
             replies = await self._client.pipeline(
@@ -94,18 +99,28 @@ class Library:
                     for memory_id in part
                 ]
             )
+            rows = []
             for memory_id, raw in zip(part, replies, strict=True):
                 *told, superseded_by, cluster, by, vector = raw
-                if told[0] is None or superseded_by is not None:
-                    continue
-                items.append(_material(memory_id, told, cluster))
-                rows.append(vector if by == embedder and len(vector or b"") == 2 * width else b"")
-        vectors = np.zeros((len(items), width), np.float32)
-        for i, row in enumerate(rows):
-            if row:
-                vectors[i] = np.frombuffer(row, np.float16)
-        digests = [sha1(row, usedforsecurity=False).hexdigest()[:16] if row else NO_VECTOR for row in rows]
-        return Materials(items, unit(vectors), digests)
+                if told[0] is not None and superseded_by is None:
+                    items.append(_material(memory_id, told, cluster))
+                    rows.append(vector if by == embedder and len(vector or b"") == 2 * width else b"")
+            # slice by slice: of a large owner all at once would hold the event loop
+            vectors.append(_unit_rows(rows, width))
+            digests += [_vector_digest(row) for row in rows]
+        return Materials(items, np.concatenate(vectors), digests)
+
+
+def _vector_digest(row: bytes) -> str:
+    return sha1(row, usedforsecurity=False).hexdigest()[:16] if row else NO_VECTOR
+
+
+def _unit_rows(rows: Sequence[bytes], width: int) -> NDArray[np.float32]:
+    made = np.zeros((len(rows), width), np.float32)
+    for i, row in enumerate(rows):
+        if row:
+            made[i] = np.frombuffer(row, np.float16)
+    return unit(made)
 
 
 def _material(memory_id: str, raw: Sequence[bytes | None], cluster: bytes | None) -> Material:

@@ -58,7 +58,7 @@ async def summary(tools: Tools, owner: Owner, kind: str, name: str) -> None:
 async def _sources(tools: Tools, owner: Owner, kind: str, name: str) -> Materials:
     ids = await tools.library.matching(owner, source_query(kind, name), _MOST_MEMORIES)
     read = await tools.library.read(owner, ids)
-    return _taken(read, [i for i, item in enumerate(read.items) if _belongs(item, kind, name)])
+    return read.taken([i for i, item in enumerate(read.items) if _belongs(item, kind, name)])
 
 
 def _belongs(item: Material, kind: str, name: str) -> bool:
@@ -71,17 +71,12 @@ def _belongs(item: Material, kind: str, name: str) -> bool:
     return first <= item.moment_s < end
 
 
-def _taken(read: Materials, places: list[int]) -> Materials:
-    digests = [read.vector_digests[i] for i in places]
-    return Materials([read.items[i] for i in places], read.vectors[places], digests)
-
-
 async def _made(tools: Tools, read: Materials, kind: str, name: str) -> tuple[Extract, str]:
     if not read.items:
         return Extract("", (), 0), EXTRACTIVE
     # of many memories this takes long enough to hold up reads
     chosen = await tools.pool.run(shortlist, read.items, read.vectors, _SHORTLIST)
-    listed = _taken(read, chosen)
+    listed = read.taken(chosen)
     budget, count = BUDGETS[kind], tools.embedder.count_tokens
     if tools.language_model is not None:
         order = sorted(listed.items, key=lambda item: item.moment_s)
