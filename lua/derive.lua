@@ -229,10 +229,14 @@ end
 -- edges of a memory to its nearest, in the place of those it had
 local function set_edges(ctx, id, digest, edges)
   local similar = ctx.derived.similar
+  -- a pair that the other end knows of stays
+  local incoming = redis.call('HGET', similar, 'i' .. id) or ''
   for _, edge in ipairs(items_in(similar, 'o' .. id)) do
     local other = string.match(edge, '^(.*)\30')
     take_from(similar, 'i' .. other, id)
-    redis.call('HDEL', ctx.derived.conflicts, id .. '\31' .. other, other .. '\31' .. id)
+    if not string.find(incoming, '\31' .. other .. '\31', 1, true) then
+      redis.call('HDEL', ctx.derived.conflicts, id .. '\31' .. other, other .. '\31' .. id)
+    end
   end
   local out = {}
   for _, edge in ipairs(edges) do

@@ -355,7 +355,7 @@ local function update(keys, args)
   if not is_same then redis.call('HDEL', ctx.prefix .. record.id, 'base_importance') end
   local embedded = write_record(ctx, record, version, created_at, keep and { CONTENT } or { CONTENT, VECTOR })
   record.values.superseded_by = old[4] or nil
-  note_written(ctx, record.id, record.values, embedded == 1)
+  if minor then note_weighed(ctx, record.values) else note_written(ctx, record.id, record.values, embedded == 1) end
   if not keep then drop_successor(ctx, record.id, stale) end
   if not minor then drop_searches(ctx, { record.id }) end
   log(ctx, 'updated', record.id, version)

@@ -106,7 +106,10 @@ local function drop_witness(ctx, number, gone)
       if #shown < 3 then shown[#shown + 1] = entry[1] end
     end
   end
-  redis.call('HSET', key, 'words', #kept > 0 and cjson.encode(kept) or '[]', 'label', table.concat(shown, ', '))
+  local digests = decoded(redis.call('HGET', key, 'digests'))
+  for id in pairs(gone) do digests[id] = nil end
+  redis.call('HSET', key, 'words', #kept > 0 and cjson.encode(kept) or '[]', 'label', table.concat(shown, ', '),
+    'digests', next(digests) and cjson.encode(digests) or '{}')
   return kept
 end
 
@@ -184,6 +187,12 @@ local function note_written(ctx, id, values, has_vector)
     count = count + 1
     if count <= ENTITIES then queue(ctx, 'summary:entity:' .. entity, HOUR) end
   end
+end
+
+-- the same where only importance or confidence changed
+local function note_weighed(ctx, values)
+  if not ctx.derived then return end
+  queue(ctx, 'profile', (tonumber(values.importance or '') or 0) >= SIGNIFICANT and SOON or MINUTES)
 end
 
 -- the same for a memory that got its vector; a new one is of another hand

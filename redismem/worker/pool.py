@@ -12,6 +12,9 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from typing import TypeVar, TypeVarTuple
 
+import numpy as np  # noqa: F401  # its threads are limited below
+from threadpoolctl import threadpool_limits
+
 A = TypeVarTuple("A")
 T = TypeVar("T")
 
@@ -72,6 +75,8 @@ class Pool:
 
 def _begin() -> None:
     os.nice(_NICE)
+    # threads of BLAS wait for each other where the cores are busy: five times as long on two of them
+    threadpool_limits(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
     # a worker that was killed cannot end it

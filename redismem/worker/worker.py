@@ -139,6 +139,9 @@ class Worker:
         try:
             await self._perform(job)
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not be lost
+            if await self._is_forgotten(job):
+                await self._jobs.done(job, 0.0)
+                return
             is_dead = await self._jobs.failed(job, _shown(exc))
             self.counts[f"{kind} {'dead' if is_dead else 'retried'}"] += 1
             if is_dead:  # where it happened, without what a foreign error may quote
@@ -168,6 +171,11 @@ class Worker:
             await summary(self._tools, owner, what, name)
         else:
             await _OF_OWNER[kind](self._tools, owner)
+
+    async def _is_forgotten(self, job: Job) -> bool:
+        """Return whether the owner of a job is gone, which is why it failed."""
+        owner = job.owner
+        return owner is not None and not await self._tools.client.execute("HEXISTS", owner.meta, "index")
 
     async def _hold(self) -> None:
         await self._jobs.hold(self.id, list(self._holding.values()))

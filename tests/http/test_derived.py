@@ -287,7 +287,10 @@ async def test_similar_memories_are_searched_until_they_are_linked(
     linked = await body_of(http, SIMILAR)
     assert (searched["precomputed"], linked["precomputed"]) == (False, True)
     assert searched["id"] == linked["id"] == "b0"
-    assert searched["similar"] == linked["similar"]
+    for one, other in zip(searched["similar"], linked["similar"], strict=True):
+        # RediSearch rounds elsewhere than numpy
+        assert one | {"similarity": 0} == other | {"similarity": 0}
+        assert one["similarity"] == pytest.approx(other["similarity"], abs=2e-4)
     assert len(linked["similar"]) == 10
     assert {one["id"] for one in linked["similar"][:7]} == {memory["id"] for memory in BEES[1:]}
     cosines = [one["similarity"] for one in linked["similar"]]

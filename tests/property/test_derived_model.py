@@ -1,4 +1,4 @@
-"""What is derived against what it is made from: handlers are stopped at each round trip, and writes overtake them.
+"""What is derived against what it is made from: handlers stop at each round trip, and writes overtake them.
 
 The handlers are the worker's own. Every memory says words that no other ever says, so whatever is left of a
 memory that is gone is seen in the raw bytes of what is derived.
@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from redismem.client import Argument, Client
 from redismem.errors import StoreError
@@ -34,7 +35,7 @@ from redismem.views import ProfilePatch
 from redismem.words import text_words
 from redismem.worker.links import link
 from redismem.worker.materials import Library
-from redismem.worker.pool import Pool
+from redismem.worker.pool import A, Pool, T
 from redismem.worker.profiles import profile
 from redismem.worker.rounds import decay, embed
 from redismem.worker.summaries import summary
@@ -42,7 +43,7 @@ from redismem.worker.tools import Overtaken, Tools
 from redismem.worker.topics import topics
 
 #: runs, and in each writes and steps of handlers
-RUNS, STEPS = 4, 850
+RUNS, STEPS = 4, 1000
 #: handlers on their way at the same time
 MOST_RUNNING = 3
 #: memories of the owner, about
@@ -58,6 +59,8 @@ SENTENCES = [
     "I am working on a {token} {0} for the {1} and the {2} and more {3}",
     "My favourite {token} {0} was better than the {1} with {2} near {3}",
     "I was born near the {token} {0} beside the {1}, the {2} and the {3}",
+    # two of these contradict each other
+    "I pay {price} euros a month for lessons in the old school near my house. It is {token} {0}",
     "Call me {Token}. I like the {0} with {1}, {2} and {3}",
 ]
 DAYS = [datetime(2026, 3, day, 12, tzinfo=UTC) for day in (2, 3)]
@@ -74,10 +77,14 @@ EXPECTED = {
 
 
 class Inline(Pool):
-    """Computes at once: a process for each run would take seconds to start."""
+    """Computes at once: a process for each run would take seconds to start.
 
-    async def run(self, work: Callable[..., Any], *args: Any) -> Any:
-        return work(*args)
+    With one thread: small matrices take ten times as long where threads wait for a core.
+    """
+
+    async def run(self, work: Callable[[*A], T], *args: *A) -> T:
+        with threadpool_limits(limits=1, user_api="blas"):
+            return work(*args)
 
 
 class Gated(Client):
@@ -95,8 +102,8 @@ class Gated(Client):
         if command[0] == "FCALL":
             words = reply if isinstance(reply, list) else [reply]
             for word in words:
-                is_word = isinstance(word, bytes) and word.isupper()
-                self._seen[f"{command[1]} {word.decode()}" if is_word else str(command[1])] += 1
+                shown = f" {word.decode()}" if isinstance(word, bytes) and word.isupper() else ""
+                self._seen[f"{command[1]!s}{shown}"] += 1
         return reply
 
     async def pipeline(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
@@ -149,7 +156,8 @@ class Handler:
             try:
                 self.task.result()
             except StoreError as exc:  # the owner was forgotten: the worker would try again, and find that
-                assert is_missing_index(exc), exc
+                if not is_missing_index(exc):
+                    raise
         return True
 
 
@@ -173,14 +181,16 @@ class Stored:
 
     def digest(self, memory_id: str) -> str | None:
         raw = self.live.get(memory_id)
-        return digest(raw["text"], raw.get("topics", b""), raw.get("entities", b"")) if raw else None
+        names = ("text", "topics", "entities", "event_date")
+        return digest(*(raw.get(name, b"") for name in names)) if raw else None
 
 
 KINDS = {"similar", "conflicts", "made", "profile", "summary", "cluster", "fresh", "summaries", "topics"}
 
 
 async def stored(client: Client, owner: Owner) -> Stored:
-    memories, derived = {}, {}
+    memories: dict[str, dict[str, bytes]] = {}
+    derived: dict[tuple[str, str], Any] = {}
     keys = [key.decode() for key in await client.execute("KEYS", f"redismem:*{{{owner.tag}}}*")]
     wanted = [(key.split(":")[1], key.partition("}")[2][1:], key) for key in keys]
     wanted = [item for item in wanted if item[0] in KINDS or item[0] == "memory"]
@@ -204,13 +214,13 @@ async def stored(client: Client, owner: Owner) -> Stored:
 def check(found: Stored) -> None:
     """Nothing derived says, names or rests on what is gone."""
     check_bytes(found)
-    names = check_sources(found)
-    assert {one: items(raw) for one, raw in found.hash("made").items()} == names
+    assert {one: items(raw) for one, raw in found.hash("made").items()} == check_sources(found)
     check_edges(found)
     if (known := found.derived.get(("fresh", ""))) is not None:
         assert {raw.decode() for raw in known} <= set(found.live)
-    assert sorted(found.each("summary")) == [raw.decode() for raw in found.hash("summaries") or []]
-    assert sorted(found.each("cluster")) == [raw.decode() for raw in sorted(found.hash("topics") or [])]
+    for keys, listed in (("summary", "summaries"), ("cluster", "topics")):
+        names = {raw.decode() for raw in found.derived.get((listed, ""), [])}
+        assert set(found.each(keys)) == names, keys
 
 
 def check_bytes(found: Stored) -> None:
@@ -219,8 +229,15 @@ def check_bytes(found: Stored) -> None:
     ).lower()
     tokens, ids = set(TOKEN.findall(said)), {one.encode() for one in found.live}
     for (kind, rest), value in found.derived.items():
-        parts = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
-        raw = b"\n".join([rest.encode(), *(part.encode() if isinstance(part, str) else part for part in parts)])
+        if isinstance(value, dict):
+            # ids in the digests of a topic outlive their memories: see test_derived.py
+            pairs = list(value.items())
+            parts = [part for pair in pairs for part in pair]
+        else:
+            parts = value
+        raw = b"\n".join(
+            [rest.encode(), *(part.encode() if isinstance(part, str) else part for part in parts)]
+        )
         assert set(TOKEN.findall(raw.lower())) <= tokens, (kind, rest)
         assert set(ID.findall(raw)) <= ids, (kind, rest)
 
@@ -244,7 +261,10 @@ def check_sources(found: Stored) -> dict[str, set[str]]:
             assert witnesses, word
             for one in witnesses:
                 raw = found.live[one]
-                assert word in text_words(b" ".join((raw["text"], raw.get("topics", b""))).decode()), (word, one)
+                assert word in text_words(b" ".join((raw["text"], raw.get("topics", b""))).decode()), (
+                    word,
+                    one,
+                )
                 names.setdefault(one, set()).add(f"cluster:{number}")
     return names
 
@@ -252,7 +272,9 @@ def check_sources(found: Stored) -> dict[str, set[str]]:
 def check_edges(found: Stored) -> None:
     edges = edges_of(found)
     similar = found.hash("similar")
-    assert set(edges) == {(one, name[1:]) for name in similar if name[0] == "i" for one in items(similar[name])}
+    assert set(edges) == {
+        (one, name[1:]) for name in similar if name[0] == "i" for one in items(similar[name])
+    }
     pairs = {tuple(pair.split("\x1f")) for pair in found.hash("conflicts")}
     assert pairs <= set(edges) | {(other, one) for one, other in edges}
 
@@ -284,10 +306,11 @@ class Play:
     service: Service
     owner: Owner
     random: random.Random
-    has_sessions: bool = True
-    checked: Callable[[Stored], None] = check
     running: list[Handler] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
+    #: ids as of the last look: of memories that are not superseded, and of all
+    live: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
     number: int = 0
     is_named: bool = False
 
@@ -308,7 +331,8 @@ class Play:
 
     async def check(self) -> None:
         found = await stored(self.service.client, self.owner)
-        self.checked(found)
+        check(found)
+        check_cosines(found)
         if self.is_named:
             assert found.hash("profile")["display_name"] == msgspec.json.encode(NAMED)
 
@@ -319,7 +343,9 @@ class Play:
 
     async def started(self) -> Handler:
         found = await stored(self.service.client, self.owner)
-        kind = self.random.choice(["link", "topics", "topics", "profile", "profile", "embed", "decay", *["summary"] * 5])
+        kind = self.random.choice(
+            ["link", "topics", "topics", "profile", "profile", "embed", "decay", *["summary"] * 5]
+        )
         owner = self.owner
         works = {"link": link, "topics": topics, "profile": profile, "embed": embed, "decay": decay}
         if kind != "summary":
@@ -330,24 +356,36 @@ class Play:
         names += [("entity", packed.split("|")[0]) for packed in sorted(entities)[:2]]
         names += [("topic", number) for number in sorted(found.each("cluster"))]
         what, name = self.random.choice(names)
-        return Handler(self.service, self.seen, lambda tools: summary(tools, owner, what, name), f"{what}:{name}")
+        return Handler(
+            self.service, self.seen, lambda tools: summary(tools, owner, what, name), f"{what}:{name}"
+        )
 
     async def write(self) -> None:
         found = await stored(self.service.client, self.owner)
         live, total = sorted(found.live), len(found.live)
-        kinds = {"put": 6.0, "update": 4.0, "delete": 1.0, "correct": 2.0, "forget": 0.15, "change_profile": 0.3}
+        kinds = {
+            "put": 6.0,
+            "update": 4.0,
+            "delete": 1.0,
+            "correct": 2.0,
+            "forget": 0.15,
+            "change_profile": 0.3,
+        }
         kinds |= {"put": 20.0} if total < ENOUGH // 2 else {}
         kinds |= {"delete": 5.0} if total > ENOUGH else {}
         kind = self.random.choices(list(kinds), list(kinds.values()))[0]
-        if kind == "forget" and total < ENOUGH or kind in ("update", "delete", "correct") and not live:
+        if kind in ("update", "delete", "correct") and not live:
+            kind = "put"
+        if kind == "forget" and total < ENOUGH:
             kind = "put"
         self.seen[kind] += 1
-        await getattr(self, f"_{kind}")(live, sorted(found.memories))
+        self.live, self.known = live, sorted(found.memories)
+        await getattr(self, f"_{kind}")()
 
-    async def _put(self, live: list[str], known: list[str]) -> None:
+    async def _put(self) -> None:
         await self.service.writer.put(self.owner, [self.memory() for _ in range(self.random.randint(1, 3))])
 
-    async def _update(self, live: list[str], known: list[str]) -> None:
+    async def _update(self) -> None:
         new = self.memory()
         changes: dict[str, Any] = {
             "text": new.text,
@@ -360,23 +398,23 @@ class Play:
         names = self.random.sample(sorted(changes), self.random.randint(1, 2))
         patch = MemoryPatch(**{name: changes[name] for name in names})
         # a superseded one too
-        await self.service.writer.update(self.owner, self.random.choice(known), patch)
+        await self.service.writer.update(self.owner, self.random.choice(self.known), patch)
 
-    async def _delete(self, live: list[str], known: list[str]) -> None:
-        await self.service.writer.delete(self.owner, self.random.choice(known))
+    async def _delete(self) -> None:
+        await self.service.writer.delete(self.owner, self.random.choice(self.known))
 
-    async def _correct(self, live: list[str], known: list[str]) -> None:
-        old = self.random.sample(live, min(len(live), self.random.randint(1, 2)))
-        free = [one for one in IDS if one not in known]
+    async def _correct(self) -> None:
+        old = self.random.sample(self.live, min(len(self.live), self.random.randint(1, 2)))
+        free = [one for one in IDS if one not in self.known]
         if free:
             memory = self.memory(self.random.choice(free))
             await self.service.writer.correct(self.owner, CorrectionRequest(ids=old, memory=memory))
 
-    async def _forget(self, live: list[str], known: list[str]) -> None:
+    async def _forget(self) -> None:
         self.is_named = False
         await self.service.writer.forget(self.owner)
 
-    async def _change_profile(self, live: list[str], known: list[str]) -> None:
+    async def _change_profile(self) -> None:
         self.is_named = self.random.random() < 0.7
         patch = ProfilePatch(display_name=NAMED if self.is_named else None)
         await self.service.views.change_profile(self.owner, patch)
@@ -385,14 +423,16 @@ class Play:
         self.number += 1
         token, theme = f"zq{self.number}x", self.random.choice(sorted(THEMES))
         words = self.random.sample(THEMES[theme], 4)
-        text = self.random.choice(SENTENCES).format(*words, token=token, Token=token.capitalize())
+        text = self.random.choice(SENTENCES).format(
+            *words, token=token, Token=token.capitalize(), price=self.number
+        )
         return MemoryInput(
             id=memory_id or self.random.choice(IDS),
             text=text,
             topics=[theme, f"{theme} {token}"][: self.random.randint(0, 2)],
             entities=self.random.sample(["Ann", "Ben", "Cleo"], self.random.randint(0, 2)),
             memory_type=self.random.choice(["semantic", "fact", "preference", "project"]),
-            session_id=self.random.choice([None, None, "s", "t"]) if self.has_sessions else None,
+            session_id=self.random.choice([None, None, "s", "t"]),
             event_date=self.random.choice([None, *DAYS]),
         )
 
@@ -419,19 +459,9 @@ async def test_nothing_derived_outlives_its_source_whatever_overtakes_what(writt
     assert set(seen) >= EXPECTED, seen
 
 
-@pytest.mark.xfail(strict=True, reason="links.py and rm_link: the cosine may be of what the other end was before")
-@pytest.mark.parametrize("has_sessions", [False, True])
-async def test_an_edge_has_the_cosine_of_its_ends_whatever_overtakes_what(
-    written: Service, has_sessions: bool
-) -> None:
-    play = Play(written, written.owner("a b"), random.Random(3), has_sessions=has_sessions, checked=check_cosines)
-    await play.run(STEPS)
-    await play.settle()
-
-
 async def test_nothing_derived_is_left_when_the_last_memory_is_deleted(written: Service) -> None:
     play = Play(written, written.owner("a b"), random.Random(1000))
-    await play.run(STEPS // 2)
+    await play.run(STEPS // 3)
     await play.settle()
     for memory_id in sorted((await stored(written.client, play.owner)).memories):
         await written.writer.delete(play.owner, memory_id)

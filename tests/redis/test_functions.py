@@ -120,7 +120,11 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
         ),
         ("rm_topics_end_v1", [*derived, owner.centroids], [*now, 2, 1]),
         ("rm_assign_v1", derived, [*now, "a", one, "1"]),
-        ("rm_link_v1", derived, [*now, "a", one, vector_digest, "1", 1, "b", two, vector_digest, "0.9", "duplicate", "", 1]),
+        (
+            "rm_link_v1",
+            derived,
+            [*now, "a", one, vector_digest, "1", 1, "b", two, vector_digest, "0.9", "duplicate", "", 1],
+        ),
         ("rm_decay_v1", [*derived, WEIGHTS], [*now, 0.01, "a", "b"]),
         ("rm_jobs_start_v1", queue, [1_800_000_000_000, 10]),
         ("rm_job_done_v1", [*queue, JOBS_TRIES, JOBS_DEAD], ["g", "1-1", "a profile", 1_800_000_000_000, 0]),
