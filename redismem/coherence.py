@@ -39,7 +39,7 @@ from typing import Any
 import msgspec
 from redis.asyncio.connection import Connection, parse_url
 
-from redismem.client import Client, translated
+from redismem.client import Argument, Client, translated
 from redismem.errors import RedisMemError
 from redismem.keys import (
     COHERENCE_CHANNEL,
@@ -114,7 +114,15 @@ _encode = msgspec.json.encode
 class Coherence:
     """The listening connection of one process, and its part in the barriers of all."""
 
-    def __init__(self, client: Client, l1: L1, *, lease_s: float, keep_when_lost: bool = False) -> None:
+    def __init__(
+        self,
+        client: Client,
+        l1: L1,
+        *,
+        lease_s: float,
+        keep_when_lost: bool = False,
+        answers: bool = True,
+    ) -> None:
         self.id = secrets.token_hex(6)
         #: told what L1 held before a change whose rule re-warms
         self.rewarm: Callable[[list[Entry]], None] = lambda _: None
@@ -124,6 +132,8 @@ class Coherence:
         self._l1 = l1
         self._lease_s = lease_s
         self._keep_when_lost = keep_when_lost
+        # a process without L1 needs no lease, and nobody need wait for it
+        self._answers = answers
         self._live_until_s = -math.inf
         self._certain_from_s = -math.inf
         #: whether the listening connection stands
@@ -306,7 +316,8 @@ class Coherence:
             return
         match message:
             case Beat(sent_s):
-                self._live_until_s = max(self._live_until_s, sent_s + self._lease_s)
+                if self._answers:
+                    self._live_until_s = max(self._live_until_s, sent_s + self._lease_s)
                 self._lived.set()
             case Barrier(sender, number, _) if sender == self.id:
                 self._acknowledge(sender, number)
@@ -353,11 +364,12 @@ class Coherence:
         while True:
             if self.is_listening:
                 beat = _encode(Beat(now_s()))
-                remembered_ms = int((self._lease_s + _MARGIN_S) * 1000)
+                command: tuple[Argument, ...] = ("PUBLISH", self._channel(self.id), beat)
+                if self._answers:
+                    remembered_ms = int((self._lease_s + _MARGIN_S) * 1000)
+                    command = ("EVAL", _BEAT, 1, LEASES, self.id, remembered_ms, *command[1:])
                 with contextlib.suppress(RedisMemError):
-                    await self._client.execute(
-                        "EVAL", _BEAT, 1, LEASES, self.id, remembered_ms, self._channel(self.id), beat
-                    )
+                    await self._client.execute(*command)
             self._beat_now.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._lease_s / _BEATS_PER_LEASE):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
+import logging.config
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,21 +15,31 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
+from threadpoolctl import threadpool_limits
 
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import Misconfigured
 from redismem.lualib import load_libraries
-from redismem.service import open_client
+from redismem.service import open_client, open_service
 from redismem.settings import Settings
 from redismem.store import check_server, claim
 
 #: seconds that running requests may still take after SIGTERM
 _GRACE_S = 10
+
+#: seconds between two looks at the worker, and until one that died is started again
+_LOOK_S, _RESTART_S = 0.2, 2.0
+
+#: priority of the worker's process
+_NICE = 10
+
+logger = logging.getLogger(__name__)
 
 
 def run_service(settings: Settings, *, insecure: bool) -> bool:
@@ -63,7 +76,64 @@ def _serve_on(runner: asyncio.Runner, trying: asyncio.Task[Embedder], settings: 
         settings = replace(settings, port=_free_port(settings.host, settings.port))
         os.environ.update(settings.to_environment())
         threading.Thread(target=_announce, args=(settings, where), daemon=True).start()
-        return _serve(settings)
+        with _working(settings):
+            return _serve(settings)
+
+
+@contextmanager
+def _working(settings: Settings) -> Iterator[None]:
+    """Run a worker beside the block, in a process of its own; one that dies is started again."""
+    if not settings.worker:
+        yield
+        return
+    ending = threading.Event()
+    watch = threading.Thread(target=_kept_alive, args=(settings, ending), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        watch.join()
+
+
+def _kept_alive(settings: Settings, ending: threading.Event) -> None:
+    context = multiprocessing.get_context("spawn")
+    while not ending.is_set():
+        process = context.Process(target=work, args=(settings,), name="redismem-worker", daemon=True)
+        process.start()
+        while process.is_alive() and not ending.wait(_LOOK_S):
+            pass
+        if ending.is_set():
+            process.terminate()
+            process.join(_GRACE_S)
+            process.kill()
+        else:
+            logger.warning("the worker ended with code %s and is started again", process.exitcode)
+            ending.wait(_RESTART_S)
+
+
+def work(settings: Settings) -> None:
+    """Do the store's jobs until this process or its parent ends; with low priority: reads come first."""
+    os.nice(_NICE)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.config.dictConfig(_logging(settings))
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # it answers no reads; threads of BLAS and of the model wait for each other where the cores are busy
+    settings = replace(settings, l1_entries=0, embedder_threads=1)
+    with threadpool_limits(1):
+        asyncio.run(_work(settings))
+
+
+async def _work(settings: Settings) -> None:
+    async with open_service(settings) as service:
+        await service.worker.run()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _serve(settings: Settings) -> bool:

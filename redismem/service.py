@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -83,11 +82,11 @@ class Service:
         with suppress(Unavailable):
             raw = await self.client.execute("HGET", STORE, "maintenance")
             last = msgspec.json.decode(raw, type=Round) if raw else None
-        jobs: dict[str, Any] = dict(self.worker.counts)
+        jobs = None
         with suppress(Unavailable):
-            jobs |= msgspec.structs.asdict(await self.jobs.counts())
+            jobs = await self.jobs.counts()
         return StatsReply(
-            jobs=jobs,
+            jobs=None if jobs is None else msgspec.structs.asdict(jobs),
             process=self.coherence.id,
             indexes=None if last is None else msgspec.to_builtins(last),
             l1=self.l1.stats(),
@@ -98,10 +97,8 @@ class Service:
 
     @asynccontextmanager
     async def kept_up(self) -> AsyncIterator[None]:
-        """Warm up, maintain the store and do its jobs in the background, as a process that serves does."""
+        """Warm up and maintain the store in the background of the block, as a process that serves does."""
         tasks = [asyncio.create_task(self.warmer.start())]
-        if self.settings.worker:
-            tasks.append(asyncio.create_task(self.worker.run()))
         if self.settings.maintain_every_s:
             tasks.append(asyncio.create_task(self.maintenance.run(self.settings.maintain_every_s)))
         try:
@@ -153,7 +150,13 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         backfill = Backfill(functions, embedder)
         stack.push_async_callback(backfill.close)
         l1 = L1(max_entries=settings.l1_entries, max_bytes=settings.l1_bytes)
-        coherence = Coherence(client, l1, lease_s=settings.lease_s, keep_when_lost=settings.stale_if_error)
+        coherence = Coherence(
+            client,
+            l1,
+            lease_s=settings.lease_s,
+            keep_when_lost=settings.stale_if_error,
+            answers=settings.l1_entries > 0,
+        )
         coherence.start()
         stack.push_async_callback(coherence.close)
         touches = Touches(functions, capacity=settings.hot_capacity, ttl_s=settings.hot_ttl_s)

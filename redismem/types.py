@@ -385,7 +385,7 @@ class StatsReply(Struct, kw_only=True):
     l2: dict[str, int]
     #: reads that L1 was not asked for (no lease), that joined another's computation, that were stale
     reads: dict[str, int]
-    #: jobs that wait, are late, are being done, fail, are dead; and what this process's worker did
-    jobs: dict[str, Any]
+    #: jobs that wait, are late, are being done, fail, are dead; null while Redis is away
+    jobs: dict[str, Any] | None
     #: whether L1 may answer, and what the push connection and barriers did
     coherence: dict[str, Any]

@@ -21,8 +21,11 @@ from redismem.worker.topics import Centres, centres_of, nearest_topic
 #: new memories up to which Redis is asked for the nearest of each; more are compared here, in one go
 _FEW = 100
 
-#: memories linked by one call; holds Redis for about 5 ms
-_SLICE = 32
+#: memories linked by one call; holds Redis for about 2 ms
+_SLICE = 10
+
+#: memories compared with all others in one go, up to 5 s; a worker that dies then loses no more
+_COMPARED = 1_000
 
 #: users with more memories than this get edges for important ones only: ten a memory are 0.4 GB a million
 _MOST_MEMORIES = 1_000_000
@@ -103,12 +106,14 @@ async def _link_many(tools: Tools, owner: Owner, fresh: Sequence[str], centres: 
     everything = await tools.library.all(owner)
     wanted = set(fresh)
     places = [i for i, item in enumerate(everything.items) if item.id in wanted]
-    edges = await tools.pool.run(_all_edges, everything, places)
     gone = wanted - {everything.items[i].id for i in places}
-    for first in range(0, max(1, len(places)), _SLICE):
-        part = places[first : first + _SLICE]
-        await _store(tools, owner, everything.taken(part), edges[first : first + _SLICE], gone, centres)
-        gone = set()
+    await _store(tools, owner, everything.taken([]), [], gone, centres)
+    for begin in range(0, len(places), _COMPARED):
+        chunk = places[begin : begin + _COMPARED]
+        edges = await tools.pool.run(_all_edges, everything, chunk)
+        for first in range(0, len(chunk), _SLICE):
+            read = everything.taken(chunk[first : first + _SLICE])
+            await _store(tools, owner, read, edges[first : first + _SLICE], set(), centres)
 
 
 def _all_edges(everything: Materials, places: Sequence[int]) -> list[list[_Edge]]:

@@ -27,7 +27,7 @@ async def profile(tools: Tools, owner: Owner) -> None:
     for _ in range(MOST_READS):
         raw_patched = await tools.client.execute("HGET", owner.profile, "patched") or b""
         read = await tools.library.recent(owner, MOST_MEMORIES)
-        topics = await labelled(tools, owner)
+        topics = await labelled(tools, owner, read.items)
         now_s = tools.clock()
         patched = patched_values(raw_patched)
         made = await tools.pool.run(_compiled, owner.user, read.items, topics, patched, now_s)

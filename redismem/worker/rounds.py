@@ -16,8 +16,8 @@ from redismem.worker.tools import Tools
 #: change of importance that is worth a write: re-indexing takes 0.1 ms, and L1 drops the memory
 _STEP = 0.01
 
-#: memories whose decay is looked at by one call; holds Redis for about 1 ms, 10 when all change
-_DECAYED = 100
+#: memories whose decay is looked at by one call; holds Redis for 0.5 ms, 5 when all change
+_DECAYED = 50
 
 #: users whose last use is read in one round trip
 _PAGE = 100

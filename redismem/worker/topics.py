@@ -16,11 +16,14 @@ from redismem.material import LabelWord, Material, Topic
 from redismem.worker.materials import Materials
 from redismem.worker.tools import Overtaken, Tools
 
-#: topics and memories written by one call; hold Redis for about 5 ms
-_TOPICS, _ASSIGNED = 8, 50
+#: topics and memories written by one call; hold Redis for about 2 ms
+_TOPICS, _ASSIGNED = 4, 16
 
 #: links of the graph of centroids: there are hundreds at most
 _LINKS = 8
+
+#: seconds between the summaries of two topics: about what one takes
+_APART_S = 1.0
 
 #: share of a topic's memories that must have come or gone for its summary to be made again
 _CHANGED = 0.1
@@ -160,12 +163,19 @@ async def _queue_dependents(
         share = len(members ^ before) / max(1, len(members | before))
         if share > _CHANGED or f"topic:{topic.number}" not in there:
             changed.append(f"summary:topic:{topic.number}")
-    # the profile tells the topics
-    await tools.jobs.queue(owner, "profile", *changed)
+    await tools.jobs.queue(owner, "profile")  # which tells the topics
+    for i, kind in enumerate(changed):
+        # one after the other: hundreds at once would stand in the way of everybody else's jobs
+        await tools.jobs.queue(owner, kind, after_s=i * _APART_S)
 
 
-async def labelled(tools: Tools, owner: Owner) -> list[Topic]:
-    """Return the owner's topics, largest first, as profiles show them: without centroids and members."""
+async def labelled(tools: Tools, owner: Owner, materials: Sequence[Material]) -> list[Topic]:
+    """Return the owner's topics, largest first, as profiles show them: without centroids.
+
+    Args:
+        materials: where their members are looked for.
+    """
+    members = _known(materials)
     raw_numbers = await tools.client.execute("ZREVRANGE", owner.topics, 0, -1)
     numbers = [raw.decode() for raw in raw_numbers]
     rows = await tools.client.pipeline([("HGET", owner.cluster_prefix + one, "words") for one in numbers])
@@ -179,7 +189,7 @@ async def labelled(tools: Tools, owner: Owner) -> list[Topic]:
                     words=tuple(LabelWord(word, tuple(witnesses)) for word, witnesses in words),
                     centroid=np.zeros(0, np.float32),
                     reach=1.0,
-                    members=(),
+                    members=tuple(sorted(members.get(int(number), ()))),
                 )
             )
     return found

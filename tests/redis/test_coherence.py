@@ -227,13 +227,21 @@ async def test_strangers_on_the_channel_are_not_heard(tiered: Service, until: Un
     assert tiered.coherence.is_listening
 
 
-async def test_a_service_that_ends_gives_its_lease_back(
-    tiered: Service, settings: Settings, until: Until
-) -> None:
-    async with assembled(settings, tiered.client, tiered.embedder) as other:
+async def test_a_service_that_ends_gives_its_lease_back(tiered: Service, until: Until) -> None:
+    async with assembled(tiered.settings, tiered.client, tiered.embedder) as other:
         await live(other.coherence, until)
         assert other.coherence.id.encode() in await tiered.client.execute("HKEYS", LEASES)
     assert other.coherence.id.encode() not in await tiered.client.execute("HKEYS", LEASES)
+
+
+async def test_a_process_without_l1_takes_no_lease_that_others_would_wait_for(
+    tiered: Service, settings: Settings, until: Until
+) -> None:
+    async with assembled(settings, tiered.client, tiered.embedder) as other:
+        await asyncio.wait_for(other.coherence.lived(), 10)
+        assert not other.coherence.is_live()
+        assert other.coherence.id.encode() not in await tiered.client.execute("HKEYS", LEASES)
+        await asyncio.wait_for(other.coherence.barrier({}), 1)
 
 
 def test_a_fresh_server_without_a_log_is_not_trusted_to_know_the_leases() -> None:

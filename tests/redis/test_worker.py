@@ -277,7 +277,7 @@ async def is_embedded(alice: Alice, memory_id: str) -> bool:
 async def test_what_another_program_sets_is_embedded_within_seconds(alice: Alice, is_known: bool) -> None:
     if is_known:
         await alice.put(MemoryInput(id="ours", text="Ann sings"))
-    await until("pushes come", lambda: asyncio.sleep(0, alice.service.coherence.is_live()))
+    await until("pushes come", lambda: asyncio.sleep(0, alice.service.coherence.is_listening))
     async with running(alice.worker), Redis.from_url(alice.service.settings.redis_url) as theirs:
         await theirs.hset(alice.owner.memory("theirs"), mapping={"text": "Ben paints boats"})
         await theirs.hset(alice.owner.memory("bare"), mapping={"note": "no text"})
@@ -289,7 +289,7 @@ async def test_what_another_program_sets_is_embedded_within_seconds(alice: Alice
 
 async def test_a_memory_that_redis_om_saves_is_embedded_within_seconds(alice: Alice) -> None:
     await alice.put(MemoryInput(id="ours", text="Ann sings"))
-    await until("pushes come", lambda: asyncio.sleep(0, alice.service.coherence.is_live()))
+    await until("pushes come", lambda: asyncio.sleep(0, alice.service.coherence.is_listening))
     database = get_redis_connection(url=alice.service.settings.redis_url, encoding_errors="surrogateescape")
     async with running(alice.worker), database:
         model: Any = memory_model("alice", database=database)
