@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redismem.client import Argument
+from redismem.clustering import Centre
 from redismem.codec import vector_bytes
 from redismem.keys import Owner
 from redismem.material import Material
 from redismem.similarity import NEAREST, Flag, flagged, nearest
 from redismem.worker.materials import NO_VECTOR, Materials
 from redismem.worker.tools import Tools
-from redismem.worker.topics import Centres, centres_of, nearest_topic
+from redismem.worker.topics import centres_of, clusters_of
 
 #: new memories up to which Redis is asked for the nearest of each; more are compared here, in one go
 _FEW = 100
@@ -73,7 +74,7 @@ async def _important(tools: Tools, owner: Owner, fresh: list[str]) -> list[str]:
     return kept
 
 
-async def _link_few(tools: Tools, owner: Owner, fresh: Sequence[str], centres: Centres) -> None:
+async def _link_few(tools: Tools, owner: Owner, fresh: Sequence[str], centres: Sequence[Centre]) -> None:
     for first in range(0, len(fresh), _SLICE):
         read = await tools.library.read(owner, fresh[first : first + _SLICE])
         gone = set(fresh[first : first + _SLICE]) - {item.id for item in read.items}
@@ -102,7 +103,7 @@ async def _searched(tools: Tools, owner: Owner, memory_id: str, vector: NDArray[
     return [other for other in found if other != memory_id][:NEAREST]
 
 
-async def _link_many(tools: Tools, owner: Owner, fresh: Sequence[str], centres: Centres) -> None:
+async def _link_many(tools: Tools, owner: Owner, fresh: Sequence[str], centres: Sequence[Centre]) -> None:
     everything = await tools.library.all(owner)
     wanted = set(fresh)
     places = [i for i, item in enumerate(everything.items) if item.id in wanted]
@@ -144,12 +145,12 @@ async def _store(
     read: Materials,
     edges: Sequence[Sequence[_Edge]],
     gone: set[str],
-    centres: Centres,
+    centres: Sequence[Centre],
 ) -> None:
     arguments: list[Argument] = []
-    for item, vector, digest, near in zip(read.items, read.vectors, read.vector_digests, edges, strict=True):
-        topic = nearest_topic(centres, vector) if digest != NO_VECTOR else ""
-        arguments += [item.id, item.digest, digest, topic, len(near)]
+    clusters = clusters_of(centres, read.vectors)
+    for item, digest, cluster, near in zip(read.items, read.vector_digests, clusters, edges, strict=True):
+        arguments += [item.id, item.digest, digest, cluster if digest != NO_VECTOR else "", len(near)]
         for edge in near:
             arguments += [edge.other.id, edge.other.digest, edge.vector_digest, f"{edge.cosine:.4f}"]
             arguments += [edge.flag.kind, edge.flag.why] if edge.flag else ["", ""]

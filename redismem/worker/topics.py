@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from redismem.client import Argument
-from redismem.clustering import Known, clustered
+from redismem.clustering import Centre, Known, assigned, clustered
 from redismem.keys import Owner
 from redismem.material import LabelWord, Material, Topic
 from redismem.worker.materials import Materials
@@ -31,50 +30,37 @@ _CHANGED = 0.1
 UNCATEGORIZED = "uncategorized"
 
 
-@dataclass(frozen=True, slots=True)
-class Centres:
-    """What decides about the topic of a new memory: rows belong together."""
-
-    numbers: list[str]
-    centroids: NDArray[np.float32]
-    reaches: NDArray[np.float32]
-
-
-async def centres_of(tools: Tools, owner: Owner) -> Centres:
+async def centres_of(tools: Tools, owner: Owner) -> list[Centre]:
     """Return the centroids of the owner's topics, of the vectors that serve. Cost: two round trips."""
-    raw_numbers, embedder, dim = await tools.client.pipeline(
-        [
-            ("ZRANGE", owner.topics, 0, -1),
-            ("HGET", owner.meta, "embedder"),
-            ("HGET", owner.meta, "dim"),
-        ]
+    raw_numbers, embedder = await tools.client.pipeline(
+        [("ZRANGE", owner.topics, 0, -1), ("HGET", owner.meta, "embedder")]
     )
     numbers = [raw.decode() for raw in raw_numbers]
     rows = await tools.client.pipeline(
         [("HMGET", owner.cluster_prefix + one, "centroid", "reach", "embedder") for one in numbers]
     )
-    kept = [
-        (one, np.frombuffer(row[0], np.float32), float(row[1]))
-        for one, row in zip(numbers, rows, strict=True)
-        if row[0] and row[2] == embedder
+    return [
+        Centre(int(number), np.frombuffer(centroid, np.float32), float(reach))
+        for number, (centroid, reach, of) in zip(numbers, rows, strict=True)
+        if centroid and of == embedder
     ]
-    return Centres(
-        [one for one, _, _ in kept],
-        np.array([row for _, row, _ in kept], np.float32).reshape(len(kept), int(dim or 1)),
-        np.array([reach for _, _, reach in kept], np.float32),
-    )
 
 
-def nearest_topic(centres: Centres, vector: NDArray[np.float32]) -> str:
-    """Return the field `cluster` of a memory: the topic within whose reach it is, or the nearest of none."""
-    if not centres.numbers:
-        return ""
-    cosines = centres.centroids @ vector
-    within = np.where(cosines >= centres.reaches, cosines, -2)
-    best = int(within.argmax())
-    if within[best] > -2:
-        return centres.numbers[best]
-    return f"{UNCATEGORIZED}|near-{centres.numbers[int(cosines.argmax())]}"
+def clusters_of(centres: Sequence[Centre], vectors: NDArray[np.float32]) -> list[str]:
+    """Return the field `cluster` of memories: the topic in whose reach each is, or what is near it."""
+    if not centres:
+        return [""] * len(vectors)
+    near = _near([centre.number for centre in centres], [centre.centroid for centre in centres], vectors)
+    numbers = assigned(vectors, centres)
+    return [str(number) if number else other for number, other in zip(numbers, near, strict=True)]
+
+
+def _near(
+    numbers: Sequence[int], centroids: Sequence[NDArray[np.float32]], vectors: NDArray[np.float32]
+) -> list[str]:
+    """Return the field `cluster` of memories that are in no topic: a search of few topics finds them by it."""
+    places = (vectors @ np.array(centroids, np.float32).T).argmax(axis=1)
+    return [f"{UNCATEGORIZED}|near-{numbers[place]}" for place in places]
 
 
 async def topics(tools: Tools, owner: Owner) -> None:
@@ -133,18 +119,15 @@ async def _store(tools: Tools, owner: Owner, made: Sequence[Topic], materials: S
 
 
 async def _assign(tools: Tools, owner: Owner, made: Sequence[Topic], read: Materials) -> None:
-    """Tell each memory its topic; those in none the nearest, so that a search of few topics finds them."""
+    """Tell each memory its topic."""
     of = {one: str(topic.number) for topic in made for one in topic.members}
-    numbers = [str(topic.number) for topic in made]
-    centroids = np.array([topic.centroid for topic in made], np.float32)
+    near = [UNCATEGORIZED] * len(read.items)
+    if made:
+        near = _near([topic.number for topic in made], [topic.centroid for topic in made], read.vectors)
     arguments: list[Argument] = []
-    for item, vector, digest in zip(read.items, read.vectors, read.vector_digests, strict=True):
-        cluster = of.get(item.id, "")
-        if not cluster and numbers and digest:
-            cluster = f"{UNCATEGORIZED}|near-{numbers[int((centroids @ vector).argmax())]}"
-        elif not cluster:
-            cluster = UNCATEGORIZED if digest else ""
-        if cluster != item.cluster or not cluster.isdigit():
+    for item, digest, other in zip(read.items, read.vector_digests, near, strict=True):
+        cluster = of.get(item.id) or (other if digest else "")
+        if cluster != item.cluster or not cluster:
             arguments += [item.id, item.digest, cluster]
     head = owner.memory_prefix, tools.now_ms()
     for first in range(0, len(arguments), 3 * _ASSIGNED):
