@@ -58,7 +58,7 @@ def clusters_of(centres: Sequence[Centre], vectors: NDArray[np.float32]) -> list
 def _near(
     numbers: Sequence[int], centroids: Sequence[NDArray[np.float32]], vectors: NDArray[np.float32]
 ) -> list[str]:
-    """Return the field `cluster` of memories that are in no topic: a search of few topics finds them by it."""
+    """Return the field `cluster` of memories: the topic in whose reach each is, or what is near."""
     places = (vectors @ np.array(centroids, np.float32).T).argmax(axis=1)
     return [f"{UNCATEGORIZED}|near-{numbers[place]}" for place in places]
 
