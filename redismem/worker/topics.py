@@ -58,7 +58,7 @@ def clusters_of(centres: Sequence[Centre], vectors: NDArray[np.float32]) -> list
 def _near(
     numbers: Sequence[int], centroids: Sequence[NDArray[np.float32]], vectors: NDArray[np.float32]
 ) -> list[str]:
-    """Return the field `cluster` of memories: the topic in whose reach each is, or what is near."""
+    """Return the field `cluster` of memories in no topic, by which searches of few topics find them."""
     places = (vectors @ np.array(centroids, np.float32).T).argmax(axis=1)
     return [f"{UNCATEGORIZED}|near-{numbers[place]}" for place in places]
 
