@@ -73,8 +73,8 @@ from redismem.words import STOP_WORDS, day_words, text_words
 
 #: items of a list that is shown, important memories, topics, and lines of the summary that are memories
 LISTED, IMPORTANT, TOPICS, FACTS = 10, 20, 20, 24
-#: memories that a profile names, unless first witnesses alone are more
-SOURCES = 200
+#: memories that a profile names, unless first witnesses alone are more: each costs a read of it 10 us
+SOURCES = 100
 DAY_S = 86_400.0
 HALF_LIFE_S = 90 * DAY_S
 
