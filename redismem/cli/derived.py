@@ -47,6 +47,8 @@ def profile(settings: Settings, user: str, fresh: bool, as_json: bool) -> None:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return ""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {one}" for key, one in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
