@@ -5,8 +5,7 @@
 -- Functions (KEYS -> ARGV -> reply); a job is "<owner tag> <kind>". At most one of a name waits, and one is in the stream
 --   rm_jobs_start_v1  jobs later live rest | now_ms limit -> how many started: those that are due, unless the same job
 --                     is in the stream or rests
---   rm_job_done_v1    jobs later live rest tries dead | group entry job now_ms rest_ms [due_ms] -> OK; due_ms: it is to
---                     run again, no earlier
+--   rm_job_done_v1    jobs later live rest tries dead | group entry job now_ms rest_ms -> OK
 --   rm_job_failed_v1  jobs later live tries dead | group entry job now_ms due_ms most error -> RETRY n | DEAD n
 --   rm_jobs_queue_v1  later | due_ms, jobs … -> OK; one that waits starts at the earlier moment
 --   rm_jobs_retry_v1  dead later tries | now_ms, jobs … -> how many dead letters wait again
@@ -82,7 +81,6 @@ local function done(keys, args)
   if rest_ms > 0 then redis.call('ZADD', rest, now_ms + rest_ms, job) end
   redis.call('HDEL', tries, job)
   redis.call('HDEL', dead, job)
-  if whole(args[6], 1, 1e14) then redis.call('ZADD', later, 'LT', args[6], job) end
   return 'OK'
 end
 

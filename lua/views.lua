@@ -14,7 +14,7 @@
 --   rm_conflicts_ro_v1  conflicts | prefix limit -> total, (kind older newer cosine why older_text newer_text) …:
 --                       contradictions first, then the most similar
 --
--- Complexity: O(sources) to compare them (1 us each); similar: O(edges), or one FT.SEARCH where edges are not made yet.
+-- Complexity: O(sources) to compare them (10 us each); similar: O(edges), or one FT.SEARCH where edges are not made yet.
 -- Storage: see lua/derive.lua. Derived keys: prefix .. id, cluster_prefix .. number, summary_prefix .. name.
 -- Limits: 200 incoming edges of a memory are looked at, 2,000 conflicts of an owner.
 

@@ -5,7 +5,6 @@ What is missing or out of date is queued, and the read answers with what there i
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,12 +17,12 @@ import msgspec
 from redismem.coherence import Coherence
 from redismem.errors import IndexMissing, InvalidInput, NotFound, StoreError, Unavailable
 from redismem.fields import checked_name
+from redismem.index import is_missing_index
 from redismem.jobs import Jobs
 from redismem.keys import PROFILE_ID, Owner
 from redismem.lualib import Functions
 from redismem.material import LABEL_WORDS
 from redismem.query import packed_tags, source_query
-from redismem.reembed import is_missing_index
 from redismem.rules import Event
 from redismem.views import (
     Conflict,
@@ -37,8 +36,6 @@ from redismem.views import (
     TopicsReply,
     TopicView,
 )
-
-logger = logging.getLogger(__name__)
 
 #: topics listed at most
 MOST_TOPICS = 100

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from redismem.client import Client
 from redismem.embed import Embedder
-from redismem.errors import RedisMemError
+from redismem.errors import RedisMemError, StoreError
 from redismem.keys import TAG_SEPARATOR, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
 from redismem.query import index_schema
@@ -30,6 +30,12 @@ _MAX_FILLS = 5
 async def all_ids(client: Client, owner: Owner) -> list[str]:
     """Return every id of an owner, oldest first. Cost: one round trip, 0.1 ms per 1,000."""
     return [raw.decode("utf-8", "replace") for raw in await client.execute("ZRANGE", owner.ids, 0, -1)]
+
+
+def is_missing_index(error: StoreError) -> bool:
+    """Return whether RediSearch does not know the index; 2.10 and 8.x word it differently."""
+    text = error.message.lower()
+    return any(words in text for words in ("no such index", "unknown index", "index not found"))
 
 
 class Indexes:

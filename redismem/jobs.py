@@ -104,9 +104,9 @@ class Jobs:
         self._rest = rest
         self.claim_after_ms = claim_after_ms
 
-    async def queue(self, owner: Owner | None, *kinds: str, after_s: float = 0.0) -> None:
+    async def queue(self, owner: Owner, *kinds: str, after_s: float = 0.0) -> None:
         """Queue jobs; one that waits already starts at the earlier moment. Cost: one round trip."""
-        names = [owner.job(kind) if owner else f" {kind}" for kind in kinds]
+        names = [owner.job(kind) for kind in kinds]
         await self._functions.call("rm_jobs_queue_v1", [JOBS_LATER], self._ms(after_s), *names)
 
     async def start(self, *, ahead_s: float = 0.0) -> int:
@@ -165,17 +165,12 @@ class Jobs:
                     found.append(job)
         return found
 
-    async def done(self, job: Job, took_s: float, *, again_s: float | None = None) -> None:
-        """Take a job out; it rests in proportion to the time it took.
-
-        Args:
-            again_s: it is to run again, no earlier than in so many seconds.
-        """
+    async def done(self, job: Job, took_s: float) -> None:
+        """Take a job out; it rests in proportion to the time it took."""
         keys = [JOBS, JOBS_LATER, JOBS_LIVE, JOBS_REST, JOBS_TRIES, JOBS_DEAD]
-        again = "" if again_s is None else self._ms(again_s)
         rest_ms = int(self._rest * took_s * 1000)
         await self._functions.call(
-            "rm_job_done_v1", keys, JOB_GROUP, job.entry, job.name, self._ms(), rest_ms, again
+            "rm_job_done_v1", keys, JOB_GROUP, job.entry, job.name, self._ms(), rest_ms
         )
 
     async def failed(self, job: Job, error: str) -> bool:
@@ -202,7 +197,7 @@ class Jobs:
         return bool(reply == b"OK")
 
     async def cancel(self, owner: Owner) -> None:
-        """Remove what waits for an owner who was forgotten."""
+        """Remove what waits for an owner who was forgotten. Cost: a round trip per 1,000 jobs there are."""
         async for job in self._matching(owner.job("*")):
             await self._client.execute("ZREM", JOBS_LATER, job)
             await self._client.execute("HDEL", JOBS_DEAD, job)

@@ -13,7 +13,7 @@ from redismem.client import Client
 from redismem.codec import vector_bytes
 from redismem.embed import Embedder
 from redismem.errors import StoreError
-from redismem.index import all_ids
+from redismem.index import all_ids, is_missing_index
 from redismem.jobs import Jobs
 from redismem.keys import STORE, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
@@ -171,9 +171,3 @@ class Reembedder:
         except StoreError as exc:
             if not is_missing_index(exc):
                 raise
-
-
-def is_missing_index(error: StoreError) -> bool:
-    """Return whether RediSearch does not know the index; 2.10 and 8.x word it differently."""
-    text = error.message.lower()
-    return any(words in text for words in ("no such index", "unknown index", "index not found"))

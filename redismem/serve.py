@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import Misconfigured
+from redismem.http.app import end_with_parent
 from redismem.lualib import load_libraries
 from redismem.service import open_client, open_service
 from redismem.settings import Settings
@@ -118,8 +118,7 @@ def work(settings: Settings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.config.dictConfig(_logging(settings))
-    if parent := multiprocessing.parent_process():
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent()
     # it answers no reads; threads of BLAS and of the model wait for each other where the cores are busy
     settings = replace(settings, l1_entries=0, embedder_threads=1)
     with threadpool_limits(1):
@@ -129,11 +128,6 @@ def work(settings: Settings) -> None:
 async def _work(settings: Settings) -> None:
     async with open_service(settings) as service:
         await service.worker.run()
-
-
-def _end_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
 
 
 def _serve(settings: Settings) -> bool:

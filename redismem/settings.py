@@ -103,7 +103,7 @@ class Settings:
     archive_after_quarters: int = 8
     #: seconds between two rounds of maintenance in `serve`; 0: none, `redismem index maintain` does it
     maintain_every_s: float = 60.0
-    #: derived data is made by this process beside serving; 0: only by `redismem worker`
+    #: `serve` runs a worker in a process beside it; 0: derived data is made by `redismem worker` only
     worker: bool = True
     #: days in which the importance of a semantic memory halves when nobody uses it; other types in proportion
     half_life_days: float = 180.0

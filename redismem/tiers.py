@@ -250,9 +250,13 @@ class Tiers:
         entry = self._known("profile", owner, PROFILE_ID, 0)
         return None if entry is None else Answer(_bytes(entry), entry.generation)
 
-    async def profile(self, owner: Owner) -> Answer:
-        """Return a profile; see `Views.profile`."""
-        if known := self.known_profile(owner):
+    async def profile(self, owner: Owner, *, missed: bool = False) -> Answer:
+        """Return a profile; see `Views.profile`.
+
+        Args:
+            missed: `known_profile` has just returned None.
+        """
+        if not missed and (known := self.known_profile(owner)):
             return known
 
         async def compute() -> _Fresh:

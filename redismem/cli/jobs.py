@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import click
@@ -30,7 +31,8 @@ def worker(settings: Settings, once: bool) -> None:
             await service.worker.run()
 
     try:
-        run(settings, work)
+        # without L1 it takes no lease: a delete must not wait for a process that computes
+        run(replace(settings, l1_entries=0), work)
     except KeyboardInterrupt:
         click.echo("what was not done is done by another worker, or the next")
 

@@ -118,9 +118,14 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
 
 def worker_app() -> ASGIApp:
     """Return the application of one uvicorn worker, set up by the environment; it ends with its parent."""
+    end_with_parent()
+    return create_app()
+
+
+def end_with_parent() -> None:
+    """Let this process get a SIGTERM when the one that started it is gone."""
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    return create_app()
 
 
 def _end_with(parent: BaseProcess) -> None:

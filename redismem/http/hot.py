@@ -109,6 +109,7 @@ class HotPath:
         except (ValueError, RedisMemError):
             return False
         if answer is None:
+            scope["l1_missed"] = True
             return False
         await _send(answer, request_id_of(scope["headers"]), send)
         return True

@@ -345,7 +345,8 @@ async def forget_user(request: Request) -> Response:
 
 async def get_profile(request: Request) -> Response:
     """Read a profile."""
-    return answer_response(await _service(request).tiers.profile(_owner(request)))
+    missed = "l1_missed" in request.scope
+    return answer_response(await _service(request).tiers.profile(_owner(request), missed=missed))
 
 
 async def change_profile(request: Request) -> Response:

@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 
 from redismem.client import Client
 from redismem.codec import unit
-from redismem.errors import StoreError
 from redismem.index import all_ids
 from redismem.keys import Owner
 from redismem.material import Material, digest
 from redismem.query import unpacked_tags
-from redismem.reembed import is_missing_index
 
 #: memories read in one round trip; holds Redis for under 1 ms
 _SLICE = 50
@@ -71,16 +69,15 @@ class Library:
         return await self.read(owner, ids)
 
     async def matching(self, owner: Owner, query: str, most: int) -> list[str]:
-        """Return ids of memories that satisfy a query, the newest `most`; none for an owner who is gone."""
-        try:
-            _, *keys = await self._client.execute(
-                *("FT.SEARCH", owner.index, query, "NOCONTENT", "SORTBY", "created_at", "DESC"),
-                *("LIMIT", 0, most, "DIALECT", 2),
-            )
-        except StoreError as exc:
-            if is_missing_index(exc):
-                return []
-            raise
+        """Return ids of memories that satisfy a query, the newest `most`.
+
+        Raises:
+            StoreError: the index is missing; what has memories must not pass for empty.
+        """
+        _, *keys = await self._client.execute(
+            *("FT.SEARCH", owner.index, query, "NOCONTENT", "SORTBY", "created_at", "DESC"),
+            *("LIMIT", 0, most, "DIALECT", 2),
+        )
         return [key.decode("utf-8", "replace").removeprefix(owner.memory_prefix) for key in keys]
 
     async def read(self, owner: Owner, ids: Sequence[str]) -> Materials:

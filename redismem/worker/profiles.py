@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 
+from redismem.client import Argument
 from redismem.embed.protocol import estimated_tokens
 from redismem.keys import Owner
 from redismem.material import Material, Topic
 from redismem.profile import Compiled, compiled
 from redismem.views import BUDGETS, PATCHABLE
-from redismem.worker.tools import MOST_READS, Overtaken, Tools
+from redismem.worker.tools import MOST_READS, Overtaken, Tools, sourced
 from redismem.worker.topics import labelled
 
 #: memories a profile is made from: the newest, and as many pinned and important ones
@@ -32,18 +33,15 @@ async def profile(tools: Tools, owner: Owner) -> None:
         patched = patched_values(raw_patched)
         made = await tools.pool.run(_compiled, owner.user, read.items, topics, patched, now_s)
         _fit(made.values, tools.embedder.count_tokens)
-        digests = {item.id: item.digest for item in read.items}
-        fields = {name: msgspec.json.encode(value) for name, value in made.values.items()}
-        fields["sources"] = msgspec.json.encode(made.sources)
-        fields["digests"] = " ".join(digests[one] for one in made.sources).encode()
-        fields["compiled_at"] = repr(now_s).encode()
-        fields["valid_until"] = repr(now_s + VALID_S).encode()
+        fields: dict[str, Argument] = {
+            name: msgspec.json.encode(value) for name, value in made.values.items()
+        }
+        fields |= {"compiled_at": repr(now_s), "valid_until": repr(now_s + VALID_S)}
         outcome = await tools.functions.call(
             "rm_profile_v1",
             [owner.meta, *owner.derived],
-            *(owner.memory_prefix, tools.now_ms(), raw_patched, len(made.sources)),
-            *(part for one in made.sources for part in (one, digests[one])),
-            *(part for pair in fields.items() for part in pair),
+            *(owner.memory_prefix, tools.now_ms(), raw_patched),
+            *sourced(made.sources, read.items, fields),
         )
         if outcome != b"STALE":
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime, timedelta
 
-import msgspec
 import numpy as np
 
 from redismem.client import Argument
@@ -17,7 +16,7 @@ from redismem.query import packed_tags, source_query, unpacked_tags
 from redismem.views import BUDGETS
 from redismem.worker.llm import NoSummary
 from redismem.worker.materials import Materials
-from redismem.worker.tools import MOST_READS, Overtaken, Tools
+from redismem.worker.tools import MOST_READS, Overtaken, Tools, sourced
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def _belongs(item: Material, kind: str, name: str) -> bool:
 async def _made(tools: Tools, read: Materials, kind: str, name: str) -> tuple[Extract, str]:
     if not read.items:
         return Extract("", (), 0), EXTRACTIVE
-    # of many memories this takes long enough to hold up reads
+    # of many memories this takes half a second
     chosen = await tools.pool.run(shortlist, read.items, read.vectors, _SHORTLIST)
     listed = read.taken(chosen)
     budget, count = BUDGETS[kind], tools.embedder.count_tokens
@@ -111,21 +110,17 @@ async def _extract(tools: Tools, listed: Materials, budget: int, *, dated: bool)
 
 
 async def _stored(tools: Tools, owner: Owner, name: str, made: Extract, method: str, read: Materials) -> bool:
-    digests = {item.id: item.digest for item in read.items}
     fields: dict[str, Argument] = {
         "text": made.text,
         "tokens": made.tokens,
         "method": method,
         "generated_at": repr(tools.clock()),
-        "sources": msgspec.json.encode(made.sources),
-        "digests": " ".join(digests[one] for one in made.sources),
     }
     outcome = await tools.functions.call(
         "rm_summary_v1",
         [owner.meta, *owner.derived],
-        *(owner.memory_prefix, tools.now_ms(), _KEPT_S * 1000, name, len(made.sources)),
-        *(part for one in made.sources for part in (one, digests[one])),
-        *(part for pair in fields.items() for part in pair),
+        *(owner.memory_prefix, tools.now_ms(), _KEPT_S * 1000, name),
+        *sourced(made.sources, read.items, fields),
     )
     return bool(outcome == b"OK")
 

@@ -14,6 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from redismem.client import Client
+from redismem.embedded import EmbeddedRedis
+from redismem.keys import COHERENCE_CHANNEL, LEASES
+from redismem.settings import Settings
 from tests.accept.conftest import is_running, redis_pid
 from tests.conftest import until
 
@@ -73,6 +77,31 @@ async def test_the_worker_of_a_service_comes_back_and_leaves_with_it(served: Ser
     assert second not in (0, first)
     served.process.kill()
     await until("the worker has ended", lambda: asyncio.sleep(0, not is_running(second)), 15)
+
+
+async def test_no_delete_waits_for_a_worker(served: Served, data_dir: Path) -> None:
+    """A process that may be busy computing must not be among those that a barrier waits for."""
+    environ = os.environ | {"REDISMEM_REDIS_URL": EmbeddedRedis(data_dir).url, "REDISMEM_TESTING": "1"}
+    environ |= {"REDISMEM_EMBEDDER": "deterministic", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "redismem", "worker"]
+    other = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    client = Client(Settings(), EmbeddedRedis(data_dir).url)
+    try:
+        with other.stdout as output:
+            assert "is at work" in await asyncio.to_thread(output.readline)
+        await until("the service's worker is at work", lambda: listeners(client, 3), 30)
+        assert len(await client.execute("HKEYS", LEASES)) == 1
+    finally:
+        other.kill()
+        await asyncio.to_thread(other.wait)
+        await client.close()
+
+
+async def listeners(client: Client, count: int) -> bool:
+    """Return whether so many processes hear what Redis pushes."""
+    (_, heard) = await client.execute("PUBSUB", "NUMSUB", COHERENCE_CHANNEL)
+    return bool(heard == count)
 
 
 async def test_a_worker_ends_with_a_service_that_is_stopped(served: Served) -> None:
