@@ -216,7 +216,7 @@ async def test_an_existing_redis_is_left_as_it_was(demo: Start, service: Service
     assert "none came back" in out
     left = await lasting_keys(service.client)
     # vectors of queries belong to nobody and expire; the demo's worker does whatever is due
-    names = ("embed:", "jobs", "fresh:", "similar:", "profile:", "made:", "topics:", "summar")
+    names = ("embed:", "jobs", "fresh:", "similar:", "profile:", "made:", "topics:", "summar", "weights")
     derived = tuple(f"redismem:{name}".encode() for name in names)
     assert {key for key in left if not key.startswith(derived)} == {
         key for key in before if not key.startswith(derived)
