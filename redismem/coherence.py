@@ -47,9 +47,12 @@ from redismem.keys import (
     MEMORY_PREFIX,
     PROFILE_ID,
     PROFILE_PREFIX,
+    SESSION_PREFIX,
     Owner,
+    session_mark,
     split_memory_key,
     split_profile_key,
+    split_session_key,
 )
 from redismem.l1 import L1, Entry
 from redismem.rules import RULES, Event
@@ -286,7 +289,7 @@ class Coherence:
             await connection.connect()
             facts = await command("INFO", "server", "persistence")
             own_id = await command("CLIENT", "ID")
-            prefixes = ("PREFIX", MEMORY_PREFIX, "PREFIX", PROFILE_PREFIX)
+            prefixes = ("PREFIX", MEMORY_PREFIX, "PREFIX", PROFILE_PREFIX, "PREFIX", SESSION_PREFIX)
             await command("CLIENT", "TRACKING", "ON", "REDIRECT", own_id, "BCAST", *prefixes)
             channels = (_INVALIDATE.decode(), COHERENCE_CHANNEL, self._channel(self.id))
             await connection.send_command("SUBSCRIBE", *channels, check_health=False)
@@ -344,6 +347,8 @@ class Coherence:
                 self.on_push(*found)
             elif tag := split_profile_key(key):
                 self._l1.invalidate(tag, (PROFILE_ID,))
+            elif session := split_session_key(key):
+                self._l1.invalidate(session[0], (session_mark(session[1]),))
 
     def _drop(self, tag: str, ids: Iterable[str] | None) -> None:
         if ids is None:

@@ -43,6 +43,8 @@ PROFILE_PREFIX = "redismem:profile:"
 #: stands for the profile where L1 is told which memories changed; no memory has such an id
 PROFILE_ID = "\0profile"
 
+SESSION_PREFIX = "redismem:session:"
+
 #: jobs that may start: stream, read by the consumer group JOB_GROUP; an entry's `job` is "<owner tag> <kind>"
 JOBS, JOB_GROUP = "redismem:jobs", "workers"
 
@@ -72,11 +74,25 @@ def embedding_key(model: str, digest: str) -> str:
 
 def split_memory_key(key: str) -> tuple[str, str] | None:
     """Return owner tag and memory id of a memory's key; None for any other."""
-    rest = key.removeprefix(MEMORY_PREFIX)
-    tag, found, memory_id = rest.partition("}:")
+    return _split(MEMORY_PREFIX, key)
+
+
+def _split(prefix: str, key: str) -> tuple[str, str] | None:
+    rest = key.removeprefix(prefix)
+    tag, found, name = rest.partition("}:")
     if rest == key or not found or not tag.startswith("{"):
         return None
-    return tag[1:], memory_id
+    return tag[1:], name
+
+
+def session_mark(session_id: str) -> str:
+    """Return what stands for a session where L1 is told which memories changed; no memory has such an id."""
+    return f"\0session:{session_id}"
+
+
+def split_session_key(key: str) -> tuple[str, str] | None:
+    """Return owner tag and session id of a session's key; None for any other."""
+    return _split(SESSION_PREFIX, key)
 
 
 def split_profile_key(key: str) -> str | None:
@@ -179,6 +195,19 @@ class Owner:
         return f"{PROFILE_PREFIX}{{{self.tag}}}"
 
     @property
+    def session_prefix(self) -> str:
+        """Of sessions; their id follows."""
+        return f"{SESSION_PREFIX}{{{self.tag}}}:"
+
+    def session(self, session_id: str) -> str:
+        return self.session_prefix + session_id
+
+    @property
+    def sessions(self) -> str:
+        """Ids of sessions by their last message."""
+        return f"redismem:sessions:{{{self.tag}}}"
+
+    @property
     def summary_prefix(self) -> str:
         """Of summaries; `<kind>:<name>` follows."""
         return f"redismem:summary:{{{self.tag}}}:"
@@ -241,7 +270,7 @@ class Owner:
     @property
     def forgotten(self) -> tuple[str, ...]:
         """KEYS of rm_forget (lua/owner.lua), in their order: all of the owner but memories and indexes."""
-        return (*self.written[:-1], self.centroids)
+        return (*self.written[:-1], self.centroids, self.sessions, self.session_prefix)
 
     def job(self, kind: str) -> str:
         """Return the name of a job for this owner."""

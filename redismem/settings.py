@@ -12,6 +12,9 @@ from redismem.errors import Misconfigured
 
 HnswProfile = Literal["production", "high_recall", "low_latency"]
 
+#: what tells which memories a conversation will need next
+Signal = Literal["message", "topic", "entity", "time", "follow_up", "depth", "typing"]
+
 EmbedderName = Literal["minilm", "sentence-transformers", "openai", "deterministic"]
 
 #: the longest lease of any process of a fleet: what a strong write waits when one of them is silent
@@ -114,6 +117,14 @@ class Settings:
     llm_key: str = field(default="", repr=False)
     #: seconds a summary may take until it is extracted instead
     llm_timeout_s: float = 20.0
+    #: seconds a session lives after its last message
+    session_ttl_s: int = 86_400
+    #: signals that load memories before they are asked for, parted by commas; empty: none
+    prefetch: str = ",".join(get_args(Signal))
+    #: loads at once, a process; what comes beyond is left out
+    prefetch_lanes: int = 2
+    #: name or path of a spaCy pipeline that finds entities in texts; empty: known names and capitals only
+    spacy_model: str = ""
     #: users, the most recently active first, whose indexes and hot memories are warm before `serve` is ready
     warm_users: int = 100
 
@@ -135,6 +146,8 @@ class Settings:
                 "'deterministic' gives vectors without meaning and is for tests only; "
                 "use 'minilm', or set REDISMEM_TESTING=1",
             )
+        if unknown := sorted(self.signals - set(get_args(Signal))):
+            raise _wrong("prefetch", f"names no signal {unknown[0]!r}: use {', '.join(get_args(Signal))}")
         if self.llm_url and not self.llm_model:
             raise _wrong("llm_model", "is required with REDISMEM_LLM_URL")
         if self.embedder == "openai" and not (self.embedder_url and self.embedder_model):
@@ -144,6 +157,11 @@ class Settings:
                 raise _wrong(name, f"must be between {low} and {high}")
         if len(self.namespace) > 256 or "\0" in self.namespace:
             raise _wrong("namespace", "must have at most 256 characters, none of them NUL")
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """The signals that are on."""
+        return frozenset(name.strip() for name in self.prefetch.split(",") if name.strip())
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None, **chosen: object) -> Settings:
@@ -189,6 +207,8 @@ _RANGES = (
     ("archive_after_quarters", 1, 4_000),
     ("maintain_every_s", 0, 86_400),
     ("warm_users", 0, 100_000),
+    ("session_ttl_s", 60, 30 * 86_400),
+    ("prefetch_lanes", 1, 64),
     ("half_life_days", 1, 36_500),
     ("llm_timeout_s", 0.1, 600),
     ("max_body_bytes", 1024, 1024**3),
