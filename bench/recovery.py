@@ -183,7 +183,8 @@ async def searches(store: Store, owner: Owner, vectors: Vectors, ef: int | None 
     """Return the commands that the product sends for semantic searches: calls of rm_search_ro_v1."""
     recorder = _Recorder(store.functions.client)
     settings = Settings(l2_searches=0)  # else it asks for a cached one, and keeps what it finds
-    reader = Reader(recorder, store.embedder, L1(max_entries=0, max_bytes=1024), settings)
+    vectors = QueryVectors(store.embedder, L1(max_entries=0, max_bytes=1024), ttl_s=settings.embedding_ttl_s)
+    reader = Reader(recorder, store.embedder, vectors, settings)
     requests = [SearchRequest(vector=v.tolist(), search_mode="semantic", limit=K, ef=ef) for v in vectors]
     await reader.search_each(owner, requests[:1])  # a process learns who has a graph
     recorder.sent.clear()

@@ -1,5 +1,5 @@
 #!lua name=redismem_owner
--- Version: 2
+-- Version: 3
 -- Makes, parks and removes what one owner has as a whole: the exact index, its alias, every key.
 --
 -- Functions (KEYS -> ARGV -> reply)
@@ -11,10 +11,11 @@
 --                 -> GONE | BUSY | OK: drops the indexes of an owner who was not read or written since; the
 --                 memories stay, and the next read or write finds NOINDEX
 --   rm_forget_v1  alias meta ids log turns … | prefix limit, every index the owner may have …
---                 -> OK memories keys done(0/1); removes what is derived (where the further KEYS are those of
---                 Owner.forgotten), then memories, then all KEYS; call again until done
+--                 -> OK memories keys done(0/1); removes sessions and what is derived (where the further KEYS are those
+--                 of Owner.forgotten; a caller without the last two, sessions and the prefix of their keys, leaves
+--                 sessions to their TTLs), then memories, then all KEYS; call again until done
 --
--- Complexity: O(1); rm_forget O(limit). Derived keys: prefix .. id.
+-- Complexity: O(1); rm_forget O(limit). Derived keys: prefix .. id, session_prefix .. id.
 -- Storage: meta hash, here: index, algorithm (FLAT, or HNSW while there is a graph), vector_field, embedder, dim,
 --   index_state (absent: complete; cold; filling:<n>), fills (how often it was filled).
 
@@ -64,14 +65,20 @@ local function chill(keys, args)
   return 'OK'
 end
 
--- summaries and topics have a key each; returns how many went
+-- summaries, topics and sessions have a key each; returns how many went
+local function drop_each(names, prefix)
+  local count = 0
+  for _, name in ipairs(redis.pcall('ZRANGE', names, 0, -1)) do count = count + redis.call('UNLINK', prefix .. name) end
+  return count + redis.call('UNLINK', names)
+end
+
 local function drop_derived(keys)
-  local topics, summaries, summary, cluster, count = keys[18], keys[19], keys[20], keys[21], 0
+  local topics, summaries, summary, cluster = keys[18], keys[19], keys[20], keys[21]
+  local sessions, session, count = keys[23], keys[24], 0
   if not cluster then return 0 end
-  for by, prefix in pairs({ [summaries] = summary, [topics] = cluster }) do
-    for _, name in ipairs(redis.pcall('ZRANGE', by, 0, -1)) do count = count + redis.call('UNLINK', prefix .. name) end
-  end
-  return count + redis.call('UNLINK', unpack(keys, 12, 19))
+  if session then count = drop_each(sessions, session) end
+  count = count + drop_each(summaries, summary) + drop_each(topics, cluster)
+  return count + redis.call('UNLINK', unpack(keys, 12, 17))
 end
 
 local function forget(keys, args)

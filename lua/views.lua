@@ -1,5 +1,5 @@
 #!lua name=redismem_views
--- Version: 1
+-- Version: 2
 -- Reads what is derived of one owner's memories; what a source has left, whoever took it, is not shown. Writes nothing.
 --
 -- Functions (KEYS -> ARGV -> reply); all are no-writes, so replicas may run them
@@ -25,31 +25,7 @@ local FLAG = '^([^\31]*)\31([^\31]*)\31([^\31]*)\31([^\31]*)\31([^\31]*)$'
 -- part: check
 -- part: derived
 
-local function is_true(prefix, sources, digests)
-  local at = 0
-  local known = {}
-  for digest in string.gmatch(digests or '', '%S+') do known[#known + 1] = digest end
-  for _, id in ipairs(decoded(sources)) do
-    at = at + 1
-    if digest_of(prefix, id) ~= known[at] then return false end
-  end
-  return true
-end
-
-local function fields_of(key)
-  local flat = redis.pcall('HGETALL', key)
-  local values = {}
-  for i = 1, flat.err and 0 or #flat, 2 do values[flat[i]] = flat[i + 1] end
-  return values
-end
-
-local function flat_of(values, kept)
-  local flat = {}
-  for name, value in pairs(values) do
-    if not kept or kept[name] then flat[#flat + 1], flat[#flat + 2] = name, value end
-  end
-  return flat
-end
+-- part: shown
 
 local function profile(keys, args)
   if not (keys[2] and args[1]) then return misuse('rm_profile_ro meta profile | prefix') end
@@ -83,17 +59,8 @@ local function topics(keys, args)
   for i = 2, #sizes, 2 do categorized = categorized + tonumber(sizes[i]) end
   local reply = { redis.call('HGET', meta, 'generation') or '0', current(keys[4], meta, ids), categorized }
   for i = 1, math.min(#sizes, 2 * limit), 2 do
-    local number, shown = sizes[i], {}
-    local raw = redis.pcall('HMGET', args[2] .. number, 'words', 'digests')
-    local digests = decoded(raw[2])
-    for _, entry in ipairs(decoded(raw[1])) do
-      for _, id in ipairs(entry[2] or {}) do
-        if digest_of(prefix, id) == digests[id] then
-          shown[#shown + 1] = entry[1]
-          break
-        end
-      end
-    end
+    local number = sizes[i]
+    local shown = label_words(prefix, args[2] .. number)
     local told = fields_of(args[3] .. 'topic:' .. number)
     local text = is_true(prefix, told.sources, told.digests) and told.text or ''
     for _, item in ipairs({ number, sizes[i + 1], #shown > 0 and cjson.encode(shown) or '[]', text }) do

@@ -1,6 +1,7 @@
 """The only place that says what a conversation looks like from outside: sessions, messages, context.
 
-As `types` does for memories: the HTTP layer decodes straight into these and `/openapi.json` is generated from them.
+As `types` does for memories: the HTTP layer decodes straight into these, and `/openapi.json` is generated
+from them.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ MAX_TEMPLATE_CHARS = 8_192
 Role = Literal["user", "assistant", "system", "tool"]
 Text = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_BYTES)]
 
-#: what a context consists of; `session` is the last session's summary, `pinned` what is loaded without being asked for,
-#: `prefetched` what was loaded for this turn before it came
+#: what a context consists of; `session` is the last session's summary, `pinned` what is loaded without being
+#: asked for, `prefetched` what was loaded for this turn before it came
 Part = Literal[
     "profile",
     "session",
@@ -72,11 +73,12 @@ STAGE_OF: dict[Part, int] = {
     "related": 4,
 }
 
+
 class SessionInput(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A session to open, or to join when it is open already. Without an `id` it gets one.
 
-    `active_topics` are ids of topics or names as memories have them in `topics`; `pins` are ids of memories that every
-    context of the session begins with. `ttl_s` counts from the last message on.
+    `active_topics` are ids of topics or names as memories have them in `topics`; `pins` are ids of memories
+    that every context of the session begins with. `ttl_s` counts from the last message on.
     """
 
     id: Name | None = None
@@ -170,12 +172,12 @@ class ContextParts(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaul
 class ContextRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to assemble a context for: a `text`, or the last message of a `session_id`, or both.
 
-    `stages`: up to which stage: 1 profile and last session, 2 the best memories and active topics, 3 more of them and
-    entities, 4 a deep search, history and cross-references. `max_tokens` bounds all of it, beside the bounds of the
-    stages. After `max_ms` the answer is what there is; what was late is loaded for the next turn of the session.
-    `entities` are names that the text is about, in place of those found in it. `template` is the text to return, with
-    `{profile}`, `{session}`, `{memories}`, `{topics}`, `{entities}`, `{context}` where they shall stand.
-    `min_version`, `consistency`: as for a search.
+    `stages`: up to which stage: 1 profile and last session, 2 the best memories and active topics, 3 more of
+    them and entities, 4 a deep search, history and cross-references. `max_tokens` bounds all of it, beside
+    the bounds of the stages. After `max_ms` the answer is what there is; what was late is loaded for the next
+    turn of the session. `entities` are names that the text is about, in place of those found in it.
+    `template` is the text to return, with `{profile}`, `{session}`, `{memories}`, `{topics}`, `{entities}`,
+    `{context}` where they shall stand. `min_version`, `consistency`: as for a search.
     """
 
     text: Text | None = None
@@ -211,7 +213,7 @@ class ContextBatch(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class ContextMemory(Struct, kw_only=True, omit_defaults=True):
-    """A memory in a context. `score` is that of the search that found it; `at` when it happened, or was written."""
+    """A memory in a context. `score`: of the search that found it; `at`: when it happened, or was written."""
 
     id: str
     text: str
@@ -219,12 +221,13 @@ class ContextMemory(Struct, kw_only=True, omit_defaults=True):
     score: float | None = None
     memory_type: str = "semantic"
     session_id: str | None = None
-    #: why it is there, beyond its part: pinned, important, active_topic, last_session, an entity, the id it relates to
+    #: why it is there, beyond its part: pinned, important, active_topic, last_session, a signal, an entity,
+    #: the id that it relates to
     why: str | None = None
 
 
 class Block(Struct, kw_only=True, omit_defaults=True):
-    """One part of a context: a text made from `memory_ids`, or `memories`. `tokens` are those of its rendering.
+    """One part of a context: a text made from `memory_ids`, or `memories`; `tokens` are its rendering's.
 
     `source`: l1, l2 or l3 as for a search; `derived` for what the worker made.
     """
@@ -241,9 +244,9 @@ class Block(Struct, kw_only=True, omit_defaults=True):
 class Stage(Struct, kw_only=True, omit_defaults=True):
     """What one stage adds. No memory stands in two blocks of a context.
 
-    `text` is its rendering; `tokens` count up to and with this stage. `at_ms`: from the arrival of the request until
-    what it shows was last compared with deletes and corrections. `partial`: parts in `skipped` came too late, or could
-    not be had, for `reason`.
+    `text` is its rendering; `tokens` count up to and with this stage. `at_ms`: from the arrival of the
+    request until what it shows was last compared with deletes and corrections. `partial`: parts in `skipped`
+    came too late, or could not be had, for `reason`.
     """
 
     stage: int
@@ -270,6 +273,8 @@ class ContextReply(Struct, kw_only=True, omit_defaults=True):
     #: names that were taken for entities
     entities: list[str] = field(default_factory=list)
     total_ms: float
+    #: milliseconds that each part took to fetch, side by side
+    timing: dict[str, float] = field(default_factory=dict)
 
 
 class ContextBatchReply(Struct, kw_only=True):

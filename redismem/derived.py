@@ -135,7 +135,7 @@ class Views:
         """Return a summary; None when there is none yet, and it was queued.
 
         Raises:
-            InvalidInput: there is no topic, period or entity of such a name.
+            InvalidInput: no topic, period, entity or session can have such a name.
             NotFound: no memory belongs to it.
 
         Cost: one round trip; three where there is none.

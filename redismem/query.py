@@ -29,6 +29,9 @@ from redismem.periods import bounds
 
 _ESCAPED = re.compile(r"([^0-9A-Za-z\x80-\U0010ffff])")
 
+# kind of a summary -> the field that names what it is of
+_SOURCE_FIELDS = {"topic": "cluster", "entity": "entities", "session": "session_id"}
+
 
 def words_query(words: Sequence[str], filter_: str) -> str:
     """Return a query for memories with any of `words` that satisfy the filter; empty without words.
@@ -126,13 +129,13 @@ def source_query(kind: str, name: str) -> str:
 
     Args:
         kind: see `views.SummaryKind`. Of a period: what happened then, or was written then and has no date.
-        name: a topic's number, a period, or an entity as a TAG field holds it.
+        name: a topic's number, a period, an entity as a TAG field holds it, or a session's id.
 
     Raises:
         InvalidInput: a period that is not written as one.
     """
-    if kind in ("topic", "entity"):
-        found = _any_of("cluster" if kind == "topic" else "entities", [name])
+    if field := _SOURCE_FIELDS.get(kind):
+        found = _any_of(field, [name])
     else:
         first, end = bounds(kind, name)
         undated = f"(@created_at:[{first} ({end}] -@event_date:[-inf +inf])"

@@ -9,15 +9,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from redismem.client import Argument
 from redismem.codec import text_digest, vector_bytes
 from redismem.embed import Embedder
+from redismem.flight import Abandoned, Flight
 from redismem.keys import embedding_key
 from redismem.l1 import L1
 
 #: seconds for which a time that was too short for an embedding is not tried again
 _REFUSING_S = 1.0
+
+
+class _Embedding(Flight[bytes]):
+    """A text that is being embedded."""
+
+    __slots__ = ("urgent",)
+
+    def __init__(self, *, urgent: bool) -> None:
+        super().__init__()
+        self.urgent = urgent
 
 
 class QueryVectors:
@@ -30,6 +42,12 @@ class QueryVectors:
         self._too_short_ms = 0.0
         self._refusing_until_s = 0.0
         self._given_up = 0
+        self._flights: dict[str, _Embedding] = {}
+
+    @property
+    def under_way(self) -> int:
+        """How many texts are being embedded now."""
+        return len(self._flights)
 
     def known(self, text: str) -> bytes:
         """Return the vector that L1 has; empty for none."""
@@ -50,16 +68,54 @@ class QueryVectors:
         self._keep(text, raw)
         return raw
 
-    async def made(self, texts: list[str]) -> list[bytes]:
-        """Return the vectors of texts, embedded together, and keep them in L1.
+    async def made(self, texts: list[str], *, urgent: bool = True) -> list[bytes]:
+        """Return the vectors of texts, and keep them in L1.
+
+        Those that nobody embeds yet are embedded together, each once; the others are waited for, unless
+        whoever embeds them has less hurry.
+
+        Args:
+            urgent: see `Embedder.embed`.
 
         Raises:
             EmbedderUnavailable: the embedder cannot answer now.
         """
+        found: dict[str, bytes] = {}
+        while missing := [text for text in dict.fromkeys(texts) if text not in found]:
+            under_way = ((text, self._flights.get(text)) for text in missing)
+            joined = {text: flight for text, flight in under_way if flight and flight.urgent >= urgent}
+            if new := [text for text in missing if text not in joined]:
+                found.update(zip(new, await self._embedded(new, urgent=urgent), strict=True))
+            for text, flight in joined.items():
+                with suppress(Abandoned):
+                    found[text] = await flight.join()
+        return [found[text] for text in texts]
+
+    async def _embedded(self, texts: list[str], *, urgent: bool) -> list[bytes]:
+        flights = {text: _Embedding(urgent=urgent) for text in texts}
+        self._flights |= flights
+        try:
+            vectors = await self._embedded_now(texts, urgent=urgent)
+        except BaseException as exc:
+            for flight in flights.values():
+                flight.fail(exc)
+            raise
+        else:
+            for text, vector in zip(texts, vectors, strict=True):
+                flights[text].land(vector)
+            return vectors
+        finally:
+            for text, flight in flights.items():
+                if self._flights.get(text) is flight:
+                    del self._flights[text]
+
+    async def _embedded_now(self, texts: list[str], *, urgent: bool) -> list[bytes]:
         started_s = time.monotonic()
         try:
-            rows = await self._embedder.embed(texts, urgent=True)
+            rows = await self._embedder.embed(texts, urgent=urgent)
         except asyncio.CancelledError:  # the caller gave up
+            if not urgent:
+                raise
             self._too_short_ms = max(self._too_short_ms, 1000 * (time.monotonic() - started_s))
             self._refusing_until_s = time.monotonic() + _REFUSING_S
             self._given_up += 1

@@ -39,7 +39,6 @@ from redismem.errors import (
 from redismem.filters import Filters
 from redismem.found import OUT_OF_TIME, Found, found_of, unanswered
 from redismem.keys import Owner
-from redismem.l1 import L1
 from redismem.lualib import Functions, fcall
 from redismem.query import escaped_tag, filter_query, words_query
 from redismem.queryvectors import QueryVectors
@@ -114,14 +113,14 @@ class Reader:
         self,
         functions: Functions,
         embedder: Embedder,
-        l1: L1,
+        vectors: QueryVectors,
         settings: Settings,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._functions = functions
         self._embedder = embedder
-        self._vectors = QueryVectors(embedder, l1, ttl_s=settings.embedding_ttl_s)
+        self._vectors = vectors
         self._settings = settings
         self._clock = clock
         self.counts: Counter[str] = Counter()

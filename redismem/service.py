@@ -14,10 +14,12 @@ from redismem.backfill import Backfill
 from redismem.browse import Browser
 from redismem.client import Client
 from redismem.coherence import Coherence
+from redismem.context import Contexts
 from redismem.derived import Views
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import EmbedderMismatch, InvalidInput, Unavailable
+from redismem.gathering import Sources
 from redismem.graph import Graphs
 from redismem.index import Indexes
 from redismem.jobs import Jobs
@@ -25,8 +27,13 @@ from redismem.keys import STORE, Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, load_libraries
 from redismem.maintain import Maintenance, Round
+from redismem.naming import NameBook
+from redismem.prefetch import Prefetcher
+from redismem.queryvectors import QueryVectors
 from redismem.read import Reader
+from redismem.sessions import Sessions
 from redismem.settings import Settings
+from redismem.spacynames import load as load_spacy
 from redismem.store import check_server, claim
 from redismem.tiers import Tiers
 from redismem.touches import Touches
@@ -61,6 +68,9 @@ class Service:
     worker: Worker
     warmer: Warmer
     maintenance: Maintenance
+    sessions: Sessions
+    prefetcher: Prefetcher
+    contexts: Contexts
 
     def owner(self, user: str) -> Owner:
         """Return the owner of a user id.
@@ -92,6 +102,8 @@ class Service:
             l1=self.l1.stats(),
             l2=dict(self.reader.counts),
             reads=dict(self.tiers.counts),
+            contexts=dict(self.contexts.counts),
+            prefetch=self.prefetcher.stats(),
             coherence={"live": self.coherence.is_live(), **self.coherence.counts},
         )
 
@@ -162,7 +174,8 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         touches = Touches(functions, capacity=settings.hot_capacity, ttl_s=settings.hot_ttl_s)
         stack.push_async_callback(touches.close)
         browser = Browser(functions)
-        reader = Reader(functions, embedder, l1, settings)
+        vectors = QueryVectors(embedder, l1, ttl_s=settings.embedding_ttl_s)
+        reader = Reader(functions, embedder, vectors, settings)
         archive = Archive(functions, settings, embedder)
         jobs = Jobs(functions)
         writer = Writer(
@@ -175,7 +188,18 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         stack.push_async_callback(tiers.close)
         graphs = Graphs(functions)
         warmer = Warmer(client, indexes, tiers, coherence, embedder, settings.warm_users)
+        stack.push_async_callback(warmer.close)
         maintenance = Maintenance(client, indexes, graphs, archive, settings, warm=warmer.warm)
+        sessions = Sessions(functions, writer, ttl_s=settings.session_ttl_s)
+        names = NameBook(client, load_spacy(settings.spacy_model) if settings.spacy_model else None)
+        sources = Sources(functions, tiers, sessions, names, l1, coherence)
+        prefetcher = Prefetcher(
+            *(sources, vectors, embedder.name), signals=settings.signals, lanes=settings.prefetch_lanes
+        )
+        stack.push_async_callback(prefetcher.close)
+        sessions.heard = prefetcher.heard
+        contexts = Contexts(sources, embedder, browser, touches, prefetcher)
+        stack.push_async_callback(contexts.close)
         yield Service(
             settings=settings,
             client=client,
@@ -197,6 +221,9 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
             worker=worker,
             warmer=warmer,
             maintenance=maintenance,
+            sessions=sessions,
+            prefetcher=prefetcher,
+            contexts=contexts,
         )
 
 

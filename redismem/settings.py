@@ -134,6 +134,18 @@ class Settings:
     log_length: int = 10_000
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        if self.llm_url and not self.llm_model:
+            raise _wrong("llm_model", "is required with REDISMEM_LLM_URL")
+        if self.embedder == "openai" and not (self.embedder_url and self.embedder_model):
+            raise _wrong("embedder_url", "and REDISMEM_EMBEDDER_MODEL are required for 'openai'")
+        for name, low, high in _RANGES:
+            if not low <= getattr(self, name) <= high:
+                raise _wrong(name, f"must be between {low} and {high}")
+        if len(self.namespace) > 256 or "\0" in self.namespace:
+            raise _wrong("namespace", "must have at most 256 characters, none of them NUL")
+
+    def _check_choices(self) -> None:
         if self.redis_url and not self.redis_url.startswith(_REDIS_SCHEMES):
             raise _wrong("redis_url", f"must start with one of {', '.join(_REDIS_SCHEMES)}")
         if self.embedder not in get_args(EmbedderName):
@@ -146,17 +158,8 @@ class Settings:
                 "'deterministic' gives vectors without meaning and is for tests only; "
                 "use 'minilm', or set REDISMEM_TESTING=1",
             )
-        if unknown := sorted(self.signals - set(get_args(Signal))):
-            raise _wrong("prefetch", f"names no signal {unknown[0]!r}: use {', '.join(get_args(Signal))}")
-        if self.llm_url and not self.llm_model:
-            raise _wrong("llm_model", "is required with REDISMEM_LLM_URL")
-        if self.embedder == "openai" and not (self.embedder_url and self.embedder_model):
-            raise _wrong("embedder_url", "and REDISMEM_EMBEDDER_MODEL are required for 'openai'")
-        for name, low, high in _RANGES:
-            if not low <= getattr(self, name) <= high:
-                raise _wrong(name, f"must be between {low} and {high}")
-        if len(self.namespace) > 256 or "\0" in self.namespace:
-            raise _wrong("namespace", "must have at most 256 characters, none of them NUL")
+        for name in sorted(self.signals - set(get_args(Signal))):
+            raise _wrong("prefetch", f"names no signal {name!r}: use {', '.join(get_args(Signal))}")
 
     @property
     def signals(self) -> frozenset[str]:

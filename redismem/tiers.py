@@ -21,7 +21,7 @@ import msgspec
 from redismem.browse import Browser
 from redismem.codec import search_digest
 from redismem.coherence import Coherence
-from redismem.derived import Views
+from redismem.derived import FoundProfile, Views
 from redismem.embed import Embedder
 from redismem.errors import IndexMissing, RedisMemError, RedisUnavailable
 from redismem.filters import Filters
@@ -34,6 +34,7 @@ from redismem.read import Reader
 from redismem.settings import Settings
 from redismem.touches import Touches
 from redismem.types import ListReply, SearchReply, SearchRequest
+from redismem.views import Profile
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,17 @@ class Tiers:
         self._touches.add(owner, fresh.ids)
         return fresh.answer
 
+    async def look(self, owner: Owner, request: SearchRequest) -> SearchReply:
+        """Return a search's reply as an object, from L1 or Redis; what is found does not count as used."""
+        started = time.perf_counter()
+        digest = search_digest(request, self._embedder.name)
+        entry = self._known("search", owner, digest, request.min_generation)
+        if entry is not None:
+            body = _from_l1(entry, started)
+        else:
+            body = (await self._computed(owner, request, digest)).answer.body
+        return msgspec.json.decode(body, type=SearchReply)
+
     async def _computed(self, owner: Owner, request: SearchRequest, digest: str) -> _Fresh:
         async def compute() -> _Fresh:
             return self._fresh((await self._found(owner, [request]))[0])
@@ -258,7 +270,25 @@ class Tiers:
         """
         if not missed and (known := self.known_profile(owner)):
             return known
+        try:
+            return (await self._profile(owner)).answer
+        except RedisUnavailable:
+            stale = self._stale("profile", owner, PROFILE_ID, 0)
+            if stale is None:
+                raise
+            return Answer(_bytes(stale), stale.generation, stale=True)
 
+    async def found_profile(self, owner: Owner) -> FoundProfile:
+        """Return a profile with its sources, from L1 or Redis."""
+        entry = self._known("profile", owner, PROFILE_ID, 0)
+        if entry is not None:
+            body, ids = _bytes(entry), entry.ids
+        else:
+            fresh = await self._profile(owner)
+            body, ids = fresh.answer.body, fresh.ids
+        return FoundProfile(msgspec.json.decode(body, type=Profile), ids[1:])
+
+    async def _profile(self, owner: Owner) -> _Fresh:
         async def compute() -> _Fresh:
             found = await self._views.profile(owner)
             body, until = _encode(found.profile), found.profile.valid_until
@@ -266,13 +296,7 @@ class Tiers:
             ids = (PROFILE_ID, *found.sources)
             return _Fresh(Answer(body, found.profile.generation), body, ids, min(PROFILE_TTL_S, left_s))
 
-        try:
-            return (await self._once("profile", owner, PROFILE_ID, compute, None, shared=True)).answer
-        except RedisUnavailable:
-            stale = self._stale("profile", owner, PROFILE_ID, 0)
-            if stale is None:
-                raise
-            return Answer(_bytes(stale), stale.generation, stale=True)
+        return await self._once("profile", owner, PROFILE_ID, compute, None, shared=True)
 
     async def page(self, owner: Owner, filters: Filters, limit: int, cursor: str | None) -> ListReply:
         """Return memories newest first, from Redis; see `Browser.page`."""

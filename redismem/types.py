@@ -385,6 +385,10 @@ class StatsReply(Struct, kw_only=True):
     l2: dict[str, int]
     #: reads that L1 was not asked for (no lease), that joined another's computation, that were stale
     reads: dict[str, int]
+    #: contexts, their stages, what was late or left out in time; memories of stage 2, those at hand before
+    contexts: dict[str, int]
+    #: by signal: memories issued, used, wasted; runs cancelled, shed
+    prefetch: dict[str, dict[str, int]]
     #: jobs that wait, are late, are being done, fail, are dead; null while Redis is away
     jobs: dict[str, Any] | None
     #: whether L1 may answer, and what the push connection and barriers did

@@ -12,10 +12,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from redismem.fields import Name, Names, checked_name, checked_names
 
-SummaryKind = Literal["topic", "day", "week", "month", "entity"]
+SummaryKind = Literal["topic", "day", "week", "month", "entity", "session"]
 
 #: tokens of a summary at most, by kind; the profile's is `context_summary`
-BUDGETS = {"profile": 500, "topic": 200, "day": 300, "week": 300, "month": 300, "entity": 150}
+BUDGETS = {"profile": 500, "topic": 200, "day": 300, "week": 300, "month": 300, "entity": 150, "session": 150}
 
 Line = Annotated[str, Meta(min_length=1, max_length=256)]
 

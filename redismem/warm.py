@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -26,8 +27,11 @@ from redismem.tiers import Tiers
 
 logger = logging.getLogger(__name__)
 
-#: hot memories of a user that are loaded, and the newest ones where none is hot
+#: hot memories of a user that are loaded, and newest ones
 HOT, NEWEST = 100, 20
+
+#: users whose sessions begin that are warmed at once
+MOST_BEGINNING = 64
 
 #: seconds that readiness waits for warming at most: a slow start beats none
 PATIENCE_S = 10.0
@@ -67,6 +71,7 @@ class Warmer:
         self._vector = vector_bytes(unit(np.ones(embedder.dim)))
         self.warmth = Warmth()
         self.is_ready = True
+        self._beginning: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         """Warm the most recently active users; `is_ready` tells when that is done, or took too long."""
@@ -88,29 +93,55 @@ class Warmer:
             await self.warm(owner)
             self.warmth.done += 1
 
-    async def warm(self, owner: Owner) -> int:
-        """Touch the index of an owner and load hot memories into L1; return how many.
+    def begin(self, owner: Owner) -> None:
+        """Warm an owner whose session begins, in the background; a parked index is made again."""
+        if owner.tag in self._beginning or len(self._beginning) >= MOST_BEGINNING:
+            return
+        task = asyncio.create_task(self._begun(owner))
+        self._beginning[owner.tag] = task
+        task.add_done_callback(lambda _: self._beginning.pop(owner.tag, None))
 
-        An index that is being filled is waited for; a parked one stays parked. Cost: three round trips.
+    async def _begun(self, owner: Owner) -> None:
+        try:
+            await self.warm(owner, unpark=True)
+        except RedisMemError as exc:
+            logger.debug("not warmed: %s", exc)
+
+    async def close(self) -> None:
+        """Stop warming."""
+        tasks = list(self._beginning.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def warm(self, owner: Owner, *, unpark: bool = False) -> int:
+        """Touch the index of an owner; load hot, important and new memories into L1; return how many.
+
+        An index that is being filled is waited for. Cost: three round trips.
+
+        Args:
+            unpark: make a parked index again; else it stays parked.
         """
         state = await self._client.execute("HGET", owner.meta, "index_state")
-        if state == b"cold":
+        if state == b"cold" and not unpark:
             return 0
         if state is not None:
             await self._indexes.complete(owner, None)
         touch = ("FT.SEARCH", owner.index, "*=>[KNN 1 @embedding $v AS d]", "PARAMS", 2, "v", self._vector)
         hot = ("ZREVRANGE", owner.hot, 0, HOT - 1)
         newest = ("ZREVRANGE", owner.ids, 0, NEWEST - 1)
+        important = ("HGET", owner.profile, "important_memory_ids")
         try:
-            raw_hot, raw_newest, _ = await self._client.pipeline(
-                [hot, newest, (*touch, "NOCONTENT", "LIMIT", 0, 1, "DIALECT", 2)]
+            raw_hot, raw_newest, raw_important, _ = await self._client.pipeline(
+                [hot, newest, important, (*touch, "NOCONTENT", "LIMIT", 0, 1, "DIALECT", 2)]
             )
         except RedisMemError as exc:  # no index, or vectors of another embedder: its next reader mends that
             logger.debug("not warmed: %s", exc)
             return 0
-        return await self._tiers.warm(
-            owner, [raw.decode("utf-8", "replace") for raw in raw_hot or raw_newest]
-        )
+        ids = [raw.decode("utf-8", "replace") for raw in (*raw_hot, *raw_newest)]
+        with suppress(msgspec.MsgspecError):
+            ids += msgspec.json.decode(raw_important or b"[]", type=list[str])
+        return await self._tiers.warm(owner, list(dict.fromkeys(ids)))
 
     async def _recent(self) -> list[Owner]:
         """Return the most recently active users, the latest first."""

@@ -18,8 +18,10 @@ import msgspec
 
 from redismem import errors
 from redismem.fields import MAX_TEXT_BYTES
+from redismem.http.conversations import EVENTS
 from redismem.http.routes import Health, Queued
 from redismem.http.table import Operation
+from redismem.rendering import TEMPLATE
 from redismem.types import MAX_BATCH_MEMORIES, BatchReply, Memory
 from redismem.views import SummaryKind
 
@@ -57,7 +59,8 @@ _STRINGS: dict[tuple[int, int], Schema] = {
 #: string properties that are times
 _TIMES = {
     *("at", "event_date", "created_at", "updated_at", "gt", "gte", "lt", "lte"),
-    *("compiled_at", "valid_until", "generated_at"),
+    *("compiled_at", "valid_until", "generated_at", "time"),
+    *("opened_at", "last_at", "expires_at", "closed_at"),
 }
 
 
@@ -81,6 +84,26 @@ _RANGE: Schema = {
 _RULES: dict[str, Schema] = {
     "MemoryPatch": {"minProperties": 1},
     "ProfilePatch": {"minProperties": 1},
+    "SessionPatch": {"minProperties": 1},
+    "ContextRequest": {
+        "allOf": [
+            {
+                "anyOf": [
+                    _given("text"),
+                    _given("session_id"),
+                    {"required": ["stages"], "properties": {"stages": {"const": 1}}},
+                ]
+            },
+            # narrower than its tokens, which JSON Schema cannot count
+            {
+                "anyOf": [
+                    {"properties": {"template": {"type": "null"}}},
+                    {"properties": {"template": {"maxLength": 500}, "max_tokens": {"minimum": 2001}}},
+                ]
+            },
+        ]
+    },
+    "ContextRequest.template": {"pattern": TEMPLATE},
     "ProfilePatch.preferred_formats": {"propertyNames": _STRINGS[1, 256]},
     "TagMatch": {
         "anyOf": [
@@ -128,12 +151,14 @@ _PATH: dict[str, Schema] = {
     "id": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": _STRINGS[1, 256]["pattern"]},
 }
 _PATH["kind"] = {"type": "string", "enum": list(get_args(SummaryKind))}
-_PATH["name"] = _PATH["id"]
+_PATH["name"] = _PATH["session"] = _PATH["id"]
 _PATH_TEXT = {
     "kind": "what is summarised",
-    "name": "a topic's number, a day (2026-11-26), a week (2026-W48), a month (2026-11), or an entity",
+    "name": "a topic's number, a day (2026-11-26), a week (2026-W48), a month (2026-11), an entity, "
+    "or a session's id",
     "user": "whose memories; any character but NUL, percent-encoded",
     "id": "the memory's id, percent-encoded",
+    "session": "the session's id, percent-encoded",
 }
 _REQUEST_HEADERS: dict[str, Schema] = {
     "If-Match": {"type": "string", "pattern": r'^(\*|(W/)?"?[0-9]{1,16}"?)$'},
@@ -207,6 +232,15 @@ _EXAMPLES: dict[str, list[Schema]] = {
     "SearchRequest": [{"text": "When is the wedding?", "limit": 5, "filters": {"topics": ["family"]}}],
     "BatchRequest": [{"queries": [{"text": "wedding"}, {"text": "tea or coffee?", "limit": 3}]}],
     "CorrectionRequest": [{"ids": ["wedding"], "memory": {"text": "The wedding moved to 19 June."}}],
+    "SessionInput": [{"id": "chat-17", "agent": "planner"}],
+    "SessionPatch": [{"pins": ["wedding"]}],
+    "MessageInput": [{"text": "Is the hotel in Porto booked?"}],
+    "MessageBatch": [{"messages": [{"text": "Thanks!"}, {"role": "assistant", "text": "You are welcome."}]}],
+    "TypingInput": [{"partial": "is the hot"}],
+    "ContextRequest": [
+        {"text": "What is left to plan for the wedding?", "session_id": "chat-17", "stages": 3}
+    ],
+    "ContextBatch": [{"contexts": [{"text": "the wedding"}, {"text": "tea or coffee?", "stages": 2}]}],
     "ProfilePatch": [{"display_name": "Ada", "preferred_formats": {"code": "python"}}],
     "ImportRecord": [{"text": "Moved to Lisbon.", "created_at": "2025-03-01T09:00:00Z"}],
 }
@@ -332,6 +366,8 @@ def _replies(operation: Operation) -> Schema:
             is_pending = status == 202 and 200 in operation.statuses
             kind = Queued if is_pending else operation.reply
             found[str(status)]["content"] = {media: {"schema": _any_of([kind])}}
+            if operation.events:
+                found[str(status)]["content"][EVENTS] = {"schema": {"type": "string"}}
             if is_pending:
                 found[str(status)]["headers"] = _headers("X-Request-ID", "Retry-After")
     statuses = {422, *operation.errors}  # every operation refuses query parameters that it does not know

@@ -100,13 +100,13 @@ class _ListQuery(Struct, kw_only=True):
     cursor: str | None = None
 
 
-def _service(request: Request) -> Service:
+def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _owner(request: Request) -> Owner:
-    return _service(request).owner(path_part(request, "user"))
+def owner_of(request: Request) -> Owner:
+    return service_of(request).owner(path_part(request, "user"))
 
 
 def _memory_id(request: Request) -> str:
@@ -116,11 +116,11 @@ def _memory_id(request: Request) -> str:
         raise InvalidInput(str(exc), field="id") from exc
 
 
-async def _body(request: Request, kind: type[Any]) -> Any:
-    return decoded(await read_body(request, _service(request).settings.max_body_bytes), kind)
+async def body_of(request: Request, kind: type[Any]) -> Any:
+    return decoded(await read_body(request, service_of(request).settings.max_body_bytes), kind)
 
 
-def _flag(request: Request, name: str, *, default: bool) -> bool:
+def flag_of(request: Request, name: str, *, default: bool) -> bool:
     raw = request.query_params.get(name)
     if raw is None:
         return default
@@ -136,8 +136,8 @@ def _is_strong(request: Request) -> bool:
 
 async def add_memories(request: Request) -> Response:
     """Store one memory, or many with an outcome for each."""
-    service, owner = _service(request), _owner(request)
-    wait = _flag(request, "wait", default=True)
+    service, owner = service_of(request), owner_of(request)
+    wait = flag_of(request, "wait", default=True)
     body = await read_body(request, service.settings.max_body_bytes)
     single = "memories" not in decoded(body, dict[str, msgspec.Raw])
     memories: list[MemoryInput] = []
@@ -176,7 +176,7 @@ async def list_memories(request: Request) -> Response:
     page, filters = _list_query(request)
     if not 1 <= page.limit <= 500:
         raise InvalidInput("`limit` must be 1 to 500", field="limit")
-    reply = await _service(request).tiers.page(_owner(request), filters, page.limit, page.cursor)
+    reply = await service_of(request).tiers.page(owner_of(request), filters, page.limit, page.cursor)
     return json_response(reply, generation=reply.generation)
 
 
@@ -197,7 +197,7 @@ def _list_query(request: Request) -> tuple[_ListQuery, Filters]:
         elif head in ("memory_type", "topics", "entities", "session_id", "cluster"):
             filters[name] = values
         elif head == "pinned":
-            filters[name] = _flag(request, name, default=False)
+            filters[name] = flag_of(request, name, default=False)
         else:
             filters[name] = values[-1]
     return converted(page, _ListQuery), converted(filters, Filters)
@@ -223,17 +223,17 @@ async def get_memory(request: Request) -> Response:
     wanted = converted(dict(request.query_params), _ReadQuery)
     least = min_generation(wanted.consistency, wanted.min_version)
     memory_id, missed = _memory_id(request), "l1_missed" in request.scope
-    answer = await _service(request).tiers.memory(_owner(request), memory_id, least, missed=missed)
+    answer = await service_of(request).tiers.memory(owner_of(request), memory_id, least, missed=missed)
     return _with_etag(answer)
 
 
 async def change_memory(request: Request) -> Response:
     """Change fields of a memory; with If-Match only if nobody else did."""
-    owner, memory_id = _owner(request), _memory_id(request)
-    patch = await _body(request, MemoryPatch)
+    owner, memory_id = owner_of(request), _memory_id(request)
+    patch = await body_of(request, MemoryPatch)
     expected = _expected_version(request.headers.get("if-match"))
     strong = _is_strong(request)
-    memory = await _service(request).writer.update(
+    memory = await service_of(request).writer.update(
         owner, memory_id, patch, expected_version=expected, strong=strong
     )
     return _with_etag(Answer(msgspec.json.encode(memory), memory.version))
@@ -256,27 +256,27 @@ def _with_etag(answer: Answer) -> Response:
 
 async def delete_memory(request: Request) -> Response:
     """Delete a memory and everything made from it."""
-    reply = await _service(request).writer.delete(_owner(request), _memory_id(request))
+    reply = await service_of(request).writer.delete(owner_of(request), _memory_id(request))
     return json_response(reply, generation=reply.generation)
 
 
 async def memory_history(request: Request) -> Response:
     """Tell what happened to a memory; also after its delete."""
-    return json_response(await _service(request).browser.history(_owner(request), _memory_id(request)))
+    return json_response(await service_of(request).browser.history(owner_of(request), _memory_id(request)))
 
 
 async def search(request: Request) -> Response:
     """Find the best memories."""
-    owner = _owner(request)
-    body = await _body(request, SearchRequest)
-    return answer_response(await _service(request).tiers.search(owner, body))
+    owner = owner_of(request)
+    body = await body_of(request, SearchRequest)
+    return answer_response(await service_of(request).tiers.search(owner, body))
 
 
 async def search_batch(request: Request) -> Response:
     """Answer up to 50 searches of one user in one round trip."""
-    owner = _owner(request)
-    batch = await _body(request, BatchRequest)
-    answers = await _service(request).tiers.search_batch(owner, batch.queries)
+    owner = owner_of(request)
+    batch = await body_of(request, BatchRequest)
+    answers = await service_of(request).tiers.search_batch(owner, batch.queries)
     body = b'{"results":[%s]}' % b",".join(answer.body for answer in answers)
     # what all of them show is what the oldest shows
     return answer_response(Answer(body, min(answer.generation for answer in answers)))
@@ -284,15 +284,15 @@ async def search_batch(request: Request) -> Response:
 
 async def correct(request: Request) -> Response:
     """Replace memories that are no longer true."""
-    owner = _owner(request)
-    body = await _body(request, CorrectionRequest)
-    reply = await _service(request).writer.correct(owner, body)
+    owner = owner_of(request)
+    body = await body_of(request, CorrectionRequest)
+    reply = await service_of(request).writer.correct(owner, body)
     return json_response(reply, 201, generation=reply.generation)
 
 
 async def export(request: Request) -> Response:
     """Stream all memories as NDJSON, oldest first."""
-    pages = _service(request).browser.export(_owner(request))
+    pages = service_of(request).browser.export(owner_of(request))
     # the first page is read before the status is sent, so that an absent Redis is a 503
     first: list[Memory] = await anext(pages, [])
 
@@ -306,7 +306,7 @@ async def export(request: Request) -> Response:
 
 async def import_memories(request: Request) -> Response:
     """Store an NDJSON stream of memories, such as an export; lines that are refused are reported."""
-    service, owner = _service(request), _owner(request)
+    service, owner = service_of(request), owner_of(request)
     counts = dict.fromkeys(("CREATED", "UPDATED", "UNCHANGED", "INVALID"), 0)
     errors: list[PutItem] = []
     waiting: list[tuple[int, ImportRecord]] = []
@@ -340,33 +340,33 @@ async def import_memories(request: Request) -> Response:
 
 async def forget_user(request: Request) -> Response:
     """Remove everything of a user."""
-    return json_response(await _service(request).writer.forget(_owner(request)))
+    return json_response(await service_of(request).writer.forget(owner_of(request)))
 
 
 async def get_profile(request: Request) -> Response:
     """Read a profile."""
     missed = "l1_missed" in request.scope
-    return answer_response(await _service(request).tiers.profile(_owner(request), missed=missed))
+    return answer_response(await service_of(request).tiers.profile(owner_of(request), missed=missed))
 
 
 async def change_profile(request: Request) -> Response:
     """Set fields of a profile, or give them back to the compiler."""
-    owner = _owner(request)
-    patch = await _body(request, ProfilePatch)
-    profile = await _service(request).views.change_profile(owner, patch)
+    owner = owner_of(request)
+    patch = await body_of(request, ProfilePatch)
+    profile = await service_of(request).views.change_profile(owner, patch)
     return json_response(profile, generation=profile.generation)
 
 
 async def list_topics(request: Request) -> Response:
     """List topics, largest first."""
-    reply = await _service(request).views.topics(_owner(request))
+    reply = await service_of(request).views.topics(owner_of(request))
     return json_response(reply, generation=reply.generation)
 
 
 async def get_summary(request: Request) -> Response:
     """Read a summary; 202 when it is being made."""
     kind = converted({"kind": path_part(request, "kind")}, _SummaryPath).kind
-    summary = await _service(request).views.summary(_owner(request), kind, path_part(request, "name"))
+    summary = await service_of(request).views.summary(owner_of(request), kind, path_part(request, "name"))
     if summary is None:
         return json_response(Queued(), 202, {"Retry-After": "1"})
     return json_response(summary)
@@ -375,19 +375,19 @@ async def get_summary(request: Request) -> Response:
 async def similar_memories(request: Request) -> Response:
     """List the memories nearest to one."""
     limit = converted(dict(request.query_params), _SimilarQuery).limit
-    views = _service(request).views
-    return json_response(await views.similar(_owner(request), _memory_id(request), limit))
+    views = service_of(request).views
+    return json_response(await views.similar(owner_of(request), _memory_id(request), limit))
 
 
 async def list_conflicts(request: Request) -> Response:
     """List what seems to be said twice, or to contradict itself."""
     limit = converted(dict(request.query_params), _ConflictsQuery).limit
-    return json_response(await _service(request).views.conflicts(_owner(request), limit))
+    return json_response(await service_of(request).views.conflicts(owner_of(request), limit))
 
 
 async def stats(request: Request) -> Response:
     """Tell what this process's caches hold and did, since its start, and what maintenance found."""
-    return json_response(await _service(request).stats())
+    return json_response(await service_of(request).stats())
 
 
 async def live(request: Request) -> Response:
@@ -397,7 +397,7 @@ async def live(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Tell whether the process can serve: 503 while Redis is away or the most active users are not warm."""
-    service = _service(request)
+    service = service_of(request)
     try:
         await service.ping()
     except Unavailable as exc:

@@ -11,8 +11,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from redismem.browse import CURSOR
+from redismem.conversation import (
+    ClosedReply,
+    ContextBatch,
+    ContextBatchReply,
+    ContextReply,
+    ContextRequest,
+    MessageBatch,
+    MessageInput,
+    MessageReply,
+    OpenedReply,
+    Session,
+    SessionInput,
+    SessionPatch,
+    SessionReply,
+    TypingInput,
+    TypingReply,
+)
 from redismem.errors import InvalidInput
-from redismem.http import routes
+from redismem.http import conversations, routes
 from redismem.http.routes import MOMENTS, Health, MemoryBatch
 from redismem.types import (
     BatchReply,
@@ -59,6 +76,8 @@ class Operation:
     #: request header parameters: name -> description
     headers: dict[str, str] = field(default_factory=dict)
     ndjson: bool = False
+    #: the reply may also come as server-sent events
+    events: bool = False
 
 
 def guarded(operation: Operation) -> Handler:
@@ -88,6 +107,7 @@ def guarded(operation: Operation) -> Handler:
 
 _USER = "/v1/users/{user}"
 _MEMORY = _USER + "/memories/{id}"
+_SESSION = _USER + "/sessions/{session}"
 _WAIT = {
     "type": "boolean",
     "default": True,
@@ -264,7 +284,7 @@ OPERATIONS = (
         method="GET",
         path=_USER + "/summaries/{kind}/{name}",
         handler=routes.get_summary,
-        summary="Read the summary of a topic, day, week, month or entity",
+        summary="Read the summary of a topic, day, week, month, entity or session",
         reply=Summary,
         statuses=(200, 202),
         errors=(404,),
@@ -285,6 +305,82 @@ OPERATIONS = (
         summary="Possible duplicates and contradictions",
         reply=ConflictsReply,
         query={"limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 100}},
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/sessions",
+        handler=conversations.open_session,
+        summary="Open or join a session",
+        request=(SessionInput,),
+        reply=OpenedReply,
+        statuses=(201,),
+    ),
+    Operation(
+        method="GET",
+        path=_SESSION,
+        handler=conversations.get_session,
+        summary="Read a session",
+        reply=SessionReply,
+        errors=(404,),
+        query={
+            "limit": {"type": "integer", "minimum": 0, "maximum": conversations.MOST_SHOWN, "default": 20}
+        },
+    ),
+    Operation(
+        method="PATCH",
+        path=_SESSION,
+        handler=conversations.change_session,
+        summary="Set active topics or pins",
+        request=(SessionPatch,),
+        reply=Session,
+        errors=(404,),
+    ),
+    Operation(
+        method="DELETE",
+        path=_SESSION,
+        handler=conversations.close_session,
+        summary="Close a session",
+        reply=ClosedReply,
+        errors=(404,),
+    ),
+    Operation(
+        method="POST",
+        path=_SESSION + "/messages",
+        handler=conversations.add_messages,
+        summary="Store a message or several",
+        request=(MessageInput, MessageBatch),
+        reply=MessageReply,
+        statuses=(201, 202),
+        errors=(404, 409),
+        query={"wait": _WAIT},
+    ),
+    Operation(
+        method="POST",
+        path=_SESSION + "/typing",
+        handler=conversations.typing,
+        summary="Tell what is being typed",
+        request=(TypingInput,),
+        reply=TypingReply,
+        statuses=(202,),
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/context",
+        handler=conversations.context,
+        summary="Assemble a context",
+        request=(ContextRequest,),
+        reply=ContextReply,
+        errors=(404, 409),
+        events=True,
+    ),
+    Operation(
+        method="POST",
+        path=_USER + "/context/batch",
+        handler=conversations.context_batch,
+        summary="Up to 20 contexts at once",
+        request=(ContextBatch,),
+        reply=ContextBatchReply,
+        errors=(404, 409),
     ),
     Operation(
         method="GET",

@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -69,11 +69,16 @@ def failure_response(exc: Exception, method: str, request_id: str) -> Response:
 
 def error_response(error: RedisMemError, request_id: str) -> Response:
     """Return `{"error": {code, message, field?, request_id}}` with the status of the error."""
-    body: dict[str, Any] = {"code": error.code, "message": error.message, "request_id": request_id}
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
+    return Response(error_body(error, request_id), error.status, headers, "application/json")
+
+
+def error_body(error: RedisMemError, request_id: str) -> bytes:
+    """Return the JSON of an error."""
+    body = {"code": error.code, "message": error.message, "request_id": request_id}
     if error.field:
         body["field"] = error.field
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
-    return json_response({"error": body}, error.status, headers)
+    return _encoder.encode({"error": body})
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:

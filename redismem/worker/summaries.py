@@ -1,4 +1,4 @@
-"""Makes summaries: of a topic, a day, week or month, or of what is known of a person or thing."""
+"""Makes summaries: of a topic, a day, week or month, a session, or of what is known of a person or thing."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ _INSTRUCTIONS = {
     "week": "Summarise what happened in that week.",
     "month": "Summarise what happened in that month.",
     "entity": "Summarise what is known about {name}.",
+    "session": "Summarise what was said in this conversation, and what was left open.",
 }
 
 
@@ -44,7 +45,8 @@ async def summary(tools: Tools, owner: Owner, kind: str, name: str) -> None:
     """Make one summary anew; without memories to make it from it goes.
 
     Args:
-        name: a topic's number, a period as `periods` names it, or an entity as a TAG field holds it.
+        name: a topic's number, a period as `periods` names it, an entity as a TAG field holds it, or the id
+            of a session.
     """
     for _ in range(MOST_READS):
         read = await _sources(tools, owner, kind, name)
@@ -66,6 +68,8 @@ def _belongs(item: Material, kind: str, name: str) -> bool:
         return item.cluster == name
     if kind == "entity":
         return name in [packed_tags([one]) for one in item.entities]
+    if kind == "session":
+        return item.session_id == name
     first, end = bounds(kind, name)
     return first <= item.moment_s < end
 

@@ -130,7 +130,7 @@ async def test_summaries_and_the_profile_keep_their_budgets(alice: Alice) -> Non
     await alice.put(*(MemoryInput(text=text, entities=["Ben"]) for text in texts))
     await alice.settle()
     found = await alice.stored()
-    assert {name.split(":")[0] for name in found.each("summary")} == set(BUDGETS) - {"profile"}
+    assert {name.split(":")[0] for name in found.each("summary")} == set(BUDGETS) - {"profile", "session"}
     for name, fields in found.each("summary").items():
         (tokens,) = alice.service.embedder.count_tokens([fields["text"].decode()])
         assert int(fields["tokens"]) == tokens

@@ -33,6 +33,8 @@ from redismem.settings import Settings
         ("REDISMEM_LOG_LENGTH", "0"),
         ("REDISMEM_NAMESPACE", "x" * 257),
         ("REDISMEM_NAMESPACE", "a\0b"),
+        ("REDISMEM_PREFETCH", "topic,mood"),
+        ("REDISMEM_SESSION_TTL_S", "59"),
     ],
 )
 def test_a_wrong_value_names_its_variable(name: str, raw: str) -> None:
