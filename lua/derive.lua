@@ -1,5 +1,5 @@
 #!lua name=redismem_derive
--- Version: 1
+-- Version: 2
 -- Writes what is derived of one owner's memories, if what it was made from still is as it was read.
 --
 -- Functions (KEYS -> ARGV -> reply); D: the eleven keys of lua/parts/derived.lua; a digest is what digest_of there
@@ -223,6 +223,7 @@ local function assign(keys, args)
       changed = changed + 1
     end
   end
+  note_reindexed(ctx.meta, changed)
   return changed
 end
 
@@ -260,6 +261,7 @@ local function join_topic(ctx, id, number)
   -- a topic that went meanwhile has no members
   if whole(number, 1, 2 ^ 53) and not is_topic then return end
   redis.call('HSET', key, 'cluster', number)
+  note_reindexed(ctx.meta, 1)
   if is_topic then
     redis.call('HINCRBY', ctx.derived.cluster .. number, 'size', 1)
     redis.call('ZINCRBY', ctx.derived.topics, 1, number)
@@ -334,6 +336,7 @@ local function decay(keys, args)
       redis.call('HSET', ctx.prefix .. change.id, 'importance', change.importance, 'base_importance', change.base,
         'version', version)
     end
+    note_reindexed(ctx.meta, #changes)
   end
   return #changes
 end

@@ -1,11 +1,18 @@
 #!lua name=redismem_maintain
--- Version: 2
+-- Version: 3
 -- Rebuilds what is derived of one owner, in slices, while the owner is served.
 --
 -- Functions (KEYS -> ARGV -> reply)
 --   rm_adopt_v1    alias ids meta | prefix offset limit -> OK found added; lists memories that another
 --                  service wrote, so that the others see them; fewer found than limit ends the walk
 --   rm_reindex_v1  ids | prefix, ids …             -> how many exist; indexes these memories again
+--   rm_refresh_begin_v1  index meta | now_ms patience_ms, FT.CREATE arguments …
+--                  -> GONE | BUSY | a word: makes an index beside the one that serves, to index every memory in
+--                  (rm_reindex). RediSearch 2.10 counts a version of a memory that was indexed anew on: in the
+--                  average length for good, in the number of memories with a word until its garbage collector comes, which
+--                  waits for 100 of them and 30 s. Frequent words then weigh less than nothing
+--   rm_refresh_end_v1    alias index meta | word -> STALE | SHORT | OK: searches use it, the old one goes.
+--                  STALE: it was begun again, or another index serves; SHORT: it has fewer memories than the old one
 --   rm_begin_v1    index meta | embedder restart(0/1), FT.CREATE arguments …
 --                  -> GONE | STARTED | RESUMED: an index for the vectors of the next embedder
 --   rm_stage_v1    meta turns | prefix embedder dim field, (id content_hash prev_id prev_hash vector) …
@@ -58,6 +65,50 @@ local function reindex(keys, args)
     end
   end
   return count
+end
+
+-- another index must not be made while one is: for a new embedder, after it was parked, or to be refreshed
+local function is_settled(raw)
+  return raw[1] and not raw[2] and not raw[3]
+end
+
+local function refresh_begin(keys, args)
+  local index, meta, now_ms, patience_ms = keys[1], keys[2], whole(args[1], 1, 1e14), whole(args[2], 0, 1e9)
+  if not (meta and patience_ms and args[3]) then return misuse('rm_refresh_begin index meta | now_ms patience_ms, …') end
+  local raw = redis.call('HMGET', meta, 'index', 'next_embedder', 'index_state', 'index_next')
+  if not raw[1] then return 'GONE' end
+  local begun_ms = tonumber(string.match(raw[4] or '', ' (%d+)$') or '') or 0
+  if not is_settled(raw) or raw[1] == index or begun_ms > now_ms - patience_ms then return 'BUSY' end
+  redis.pcall('FT.DROPINDEX', index)
+  local made = redis.pcall('FT.CREATE', unpack(args, 3))
+  if made.err then return made end
+  local word = index .. ' ' .. args[1]
+  redis.call('HSET', meta, 'index_next', word)
+  return word
+end
+
+local function held(index)
+  local found = redis.pcall('FT.SEARCH', index, '*', 'LIMIT', 0, 0, 'DIALECT', 2)
+  return found.err and 0 or found[1]
+end
+
+local function refresh_end(keys, args)
+  local alias, index, meta = keys[1], keys[2], keys[3]
+  if not (meta and args[1]) then return misuse('rm_refresh_end alias index meta | word') end
+  local raw = redis.call('HMGET', meta, 'index', 'next_embedder', 'index_state', 'index_next')
+  if raw[4] ~= args[1] then
+    return 'STALE'
+  elseif not is_settled(raw) or held(index) < held(raw[1]) then
+    redis.pcall('FT.DROPINDEX', index)
+    redis.call('HDEL', meta, 'index_next')
+    return is_settled(raw) and 'SHORT' or 'STALE'
+  end
+  local named = redis.pcall('FT.ALIASUPDATE', alias, index)
+  if named.err then return named end
+  redis.call('HSET', meta, 'index', index, 'reindexed', 0)
+  redis.call('HDEL', meta, 'index_next')
+  redis.pcall('FT.DROPINDEX', raw[1])
+  return 'OK'
 end
 
 local function begin(keys, args)
@@ -144,6 +195,8 @@ end
 
 redis.register_function('rm_adopt_v1', adopt)
 redis.register_function('rm_reindex_v1', reindex)
+redis.register_function('rm_refresh_begin_v1', refresh_begin)
+redis.register_function('rm_refresh_end_v1', refresh_end)
 redis.register_function('rm_begin_v1', begin)
 redis.register_function('rm_stage_v1', stage)
 redis.register_function('rm_switch_v1', switch)

@@ -27,7 +27,11 @@ local function open(keys, args)
   if not (meta and now_ms and dim and args[5]) then return misuse('rm_open alias index meta | …') end
   local wrong = wrong_type(meta, 'hash') or ids and wrong_type(ids, 'zset')
   if wrong then return wrong end
-  local made = redis.pcall('FT.CREATE', unpack(args, 5))
+  -- a refreshed index has another name
+  local serving = redis.call('HGET', meta, 'index')
+  local is_refreshed = serving == index .. ':again' and redis.pcall('FT.INFO', serving).err == nil
+  if is_refreshed then index = serving end
+  local made = is_refreshed and { err = 'already exists' } or redis.pcall('FT.CREATE', unpack(args, 5))
   if made.err and not string.find(made.err, 'already exists') then return made end
   local named = redis.pcall('FT.ALIASUPDATE', alias, index)
   if named.err then return named end
@@ -53,10 +57,11 @@ end
 local function chill(keys, args)
   local meta, idle_before_s = keys[1], tonumber(args[1] or '')
   if not (keys[3] and idle_before_s) then return misuse('rm_chill meta graph0 graph1 | idle_before_s') end
-  local raw = redis.call('HMGET', meta, 'index', 'index_state', 'next_embedder', 'last_activity', 'last_read')
+  local raw = redis.call('HMGET', meta, 'index', 'index_state', 'next_embedder', 'last_activity', 'last_read',
+    'index_next')
   if not raw[1] then return 'GONE' end
   local used_s = math.max(tonumber(raw[4] or '') or 0, tonumber(raw[5] or '') or 0)
-  if raw[2] or raw[3] or used_s >= idle_before_s then return 'BUSY' end
+  if raw[2] or raw[3] or raw[6] or used_s >= idle_before_s then return 'BUSY' end
   local dropped = redis.pcall('FT.DROPINDEX', raw[1])
   if dropped.err and redis.pcall('FT.INFO', raw[1]).err == nil then return dropped end
   redis.call('UNLINK', keys[2], keys[3])
@@ -101,7 +106,11 @@ local function forget(keys, args)
     return { 'OK', memories, 0, 0 }
   end
 
-  for i = 3, #args do redis.pcall('FT.DROPINDEX', args[i]) end
+  -- refreshed ones have names of their own
+  local raw = redis.call('HMGET', keys[2], 'index', 'index_next')
+  for _, index in ipairs({ raw[1] or '', string.match(raw[2] or '', '^(.*) %d+$') or '', unpack(args, 3) }) do
+    redis.pcall('FT.DROPINDEX', index)
+  end
   return { 'OK', 0, derived + redis.call('UNLINK', unpack(keys, 2)), 1 }
 end
 

@@ -1,5 +1,5 @@
 #!lua name=redismem_write
--- Version: 4
+-- Version: 5
 -- Changes one owner's memories, and everything made from them, in one step.
 --
 -- Functions (KEYS -> ARGV -> reply); put, update, delete, correct: with the further KEYS searches hot hits,
@@ -159,6 +159,7 @@ local function drop_successor(ctx, id, stale)
   if after ~= '' then
     redis.call('HDEL', ctx.prefix .. after, 'embedding', 'embedding_next', 'embedder', 'embedder_next')
     drop_from_graphs(ctx, after)
+    note_reindexed(ctx.meta, 1)
     if ctx.derived then unlink_similar(ctx, after) end
     stale[#stale + 1] = after
   end
@@ -224,7 +225,7 @@ local CONTENT = { 'words', 'day', 'topics', 'entities', 'session_id', 'event_dat
 local ORIGIN = { 'superseded_by', 'sources', 'base_importance' }
 local VECTOR = { 'embedding', 'embedding_next', 'embedder', 'embedder_next', 'cluster' }
 
-local function write_record(ctx, record, version, created_at, removed)
+local function write_record(ctx, record, version, created_at, removed, is_new)
   local key, values, flat, gone = ctx.prefix .. record.id, record.values, {}, {}
   local function set(name, value)
     flat[#flat + 1], flat[#flat + 2] = name, value
@@ -250,6 +251,7 @@ local function write_record(ctx, record, version, created_at, removed)
   end
   if #gone > 0 then redis.call('HDEL', key, unpack(gone)) end
   redis.call('HSET', key, unpack(flat))
+  note_reindexed(ctx.meta, is_new and 0 or 1)
   redis.call('ZADD', ctx.ids, created_at, record.id)
   if vector and not values.superseded_by then
     add_to_graphs(ctx, record.id, vector)
@@ -274,7 +276,8 @@ local function put_one(ctx, record, stale)
   -- a new one too: another hand may have removed what had this id
   unmake(ctx, record.id)
   leave_topic(ctx, record.id)
-  local embedded = write_record(ctx, record, version, created_at, there and { CONTENT, ORIGIN, VECTOR } or {})
+  local embedded = write_record(ctx, record, version, created_at, there and { CONTENT, ORIGIN, VECTOR } or {},
+    not there)
   note_written(ctx, record.id, values, embedded == 1)
   drop_successor(ctx, record.id, stale)
   if values.superseded_by then redis.call('HSET', ctx.meta, 'superseded', 1) end
@@ -426,6 +429,7 @@ local function correct(keys, args)
     version = bump(ctx)
     redis.call('HSET', ctx.prefix .. id, 'superseded_by', record.id, 'version', version,
       'updated_at', string.format('%.6f', ctx.now_ms / 1000))
+    note_reindexed(ctx.meta, 1)
     log(ctx, 'superseded', id, version, record.id)
   end
   redis.call('HSET', ctx.meta, 'superseded', 1)
@@ -475,6 +479,7 @@ local function embed(keys, args)
         add_to_graphs(ctx, id, args[i + 4])
         note_embedded(ctx, id, is_new)
       end
+      note_reindexed(ctx.meta, 1)
       words[#words + 1], written = 'OK', true
     end
   end

@@ -26,6 +26,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from redismem.chat import run_chat
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import InvalidInput, Misconfigured, RedisMemError, Unavailable
 from redismem.keys import Owner
@@ -55,6 +56,19 @@ _STOP_S = 30
 #: hits of a question that are shown, and letters of a memory
 _SHOWN = 3
 _LETTERS = 200
+
+#: what is said where nobody types: about the wedding, what came of it, then something else
+_SCRIPT = (
+    "When are Noémie and Tiago getting married?",
+    "And who is invited?",
+    "Which food is Noémie allergic to?",
+)
+
+#: seconds between two of these lines; a person would take longer
+_PAUSE_S = 0.2
+
+#: seconds that a conversation waits for the first profile: of its own, and beside the questions
+_PROFILE_S, _SHORT_S = 5.0, 0.4
 
 #: refused lines that are named
 _NAMED = 10
@@ -95,11 +109,14 @@ class _Loaded:
     refused: list[str] = field(default_factory=list)
 
 
-def run_demo(*, keep: bool, data: Path | None, questions: Sequence[str], port: int | None) -> None:
+def run_demo(
+    *, keep: bool, chat: bool, data: Path | None, questions: Sequence[str], port: int | None
+) -> None:
     """Load memories, ask, and print how it went.
 
     Args:
         keep: leave the service running until SIGINT or SIGTERM.
+        chat: say the questions in a session, and show the stages of their contexts, in place of searching.
         data: NDJSON of the user's own; the sample life if None.
         questions: to `data`; without any they are asked for, if somebody sits there.
         port: of the service; None: `DEMO_PORT` with `keep`, else a free one.
@@ -125,8 +142,12 @@ def run_demo(*, keep: bool, data: Path | None, questions: Sequence[str], port: i
         loaded = _load(client, data or _DATA / "sample_life.jsonl")
         _print_loaded(out, loaded, base)
         chosen = _sample_questions() if data is None else [_Question(text) for text in questions]
-        if chosen:
+        if chat:
+            _chat(out, base, [*questions] if data or questions else _SCRIPT)
+        elif chosen:
             _print_answers(out, _ask(client, chosen), loaded)
+            if data is None:
+                run_chat(out, base, DEMO_USER, _SCRIPT[:2], wait_s=_SHORT_S, pause_s=_PAUSE_S)
         elif sys.stdin.isatty():
             _converse(out, client, loaded)
         else:
@@ -326,6 +347,15 @@ def _print_summary(out: Console, answers: Sequence[_Answer], loaded: _Loaded, *,
         "embed: text to vector. search: the one Redis call. HTTP: all of it, as the client sees it.",
         style="dim",
     )
+
+
+def _chat(out: Console, base: str, script: Sequence[str]) -> None:
+    """Show a conversation: of what somebody types, if somebody sits there, else of the script."""
+    if sys.stdin.isatty():
+        out.print("Talk with your memories; an empty line ends it.")
+        run_chat(out, base, DEMO_USER, iter(lambda: out.input("> ").strip(), ""), wait_s=_PROFILE_S)
+    else:
+        run_chat(out, base, DEMO_USER, script, wait_s=_PROFILE_S, pause_s=_PAUSE_S)
 
 
 def _converse(out: Console, client: httpx.Client, loaded: _Loaded) -> None:

@@ -348,8 +348,8 @@ async def _index_info(client: Client, index: str) -> dict[str, Any]:
 
 
 async def _rebuild(client: Client, owner: Owner, embedder: Embedder) -> None:
-    field = await client.execute("HGET", owner.meta, "vector_field")
-    index = owner.physical_index(field.decode() if field else VECTOR_FIELDS[0])
+    named = await client.execute("HGET", owner.meta, "index")
+    index = named.decode() if named else owner.physical_index(VECTOR_FIELDS[0])
     if await _index_info(client, index):
         await client.execute("FT.DROPINDEX", index)
     await Indexes(Functions(client), embedder).complete(owner, None)

@@ -146,8 +146,9 @@ class Owner:
         """The name that is searched: an alias of the index that serves now."""
         return f"redismem:idx:{{{self.tag}}}"
 
-    def physical_index(self, vector_field: str) -> str:
-        return f"redismem:idx:{{{self.tag}}}:flat:{vector_field}"
+    def physical_index(self, vector_field: str, *, again: bool = False) -> str:
+        """Return the name of an exact index; a refreshed one has either name, in turns."""
+        return f"redismem:idx:{{{self.tag}}}:flat:{vector_field}" + (":again" if again else "")
 
     @property
     def graphs(self) -> tuple[str, str]:

@@ -23,14 +23,14 @@ from redismem.archive import Archive
 from redismem.client import Client
 from redismem.errors import RedisMemError
 from redismem.graph import PROFILES, Graphs
-from redismem.index import Indexes
+from redismem.index import Indexes, is_worn
 from redismem.keys import MAINTENANCE_LOCK, STORE, Owner
 from redismem.settings import HnswProfile, Settings
 from redismem.store import owners
 
 logger = logging.getLogger(__name__)
 
-Action = Literal["complete", "promote", "demote", "park", "sweep"]
+Action = Literal["complete", "promote", "demote", "park", "sweep", "refresh"]
 
 #: share of the threshold below which a graph is dropped: a user at the threshold must not come and go
 HYSTERESIS = 0.8
@@ -59,6 +59,7 @@ _FACTS = (
     "next_embedder",
     "last_activity",
     "last_read",
+    "reindexed",
 )
 
 
@@ -76,6 +77,8 @@ class Facts:
     #: an operator gave this user a profile, so a graph of theirs stays whatever its size
     has_own_profile: bool = False
     used_s: float = 0.0
+    #: memories that were indexed anew since the index was made
+    reindexed: int = 0
 
 
 class Round(msgspec.Struct, kw_only=True):
@@ -104,8 +107,11 @@ def due(facts: Facts, settings: Settings, now_s: float, *, has_graphs: bool = Tr
         return None
     if idle_s and facts.used_s < now_s - idle_s:
         return "park"
-    if facts.index_state:
-        return "complete"
+    return "complete" if facts.index_state else _fitting(facts, settings, has_graphs=has_graphs)
+
+
+def _fitting(facts: Facts, settings: Settings, *, has_graphs: bool) -> Action | None:
+    """Return what is to be done about an index that is whole."""
     is_graphed = facts.has_graph or facts.is_building
     is_small = facts.memories < HYSTERESIS * settings.hnsw_threshold
     if is_graphed and is_small and not facts.has_own_profile:
@@ -113,7 +119,9 @@ def due(facts: Facts, settings: Settings, now_s: float, *, has_graphs: bool = Tr
     is_large = facts.memories >= settings.hnsw_threshold
     if has_graphs and (facts.is_building or (is_large and not facts.has_graph)):
         return "promote"
-    return "sweep" if facts.has_leftovers and not is_graphed else None
+    if facts.has_leftovers and not is_graphed:
+        return "sweep"
+    return "refresh" if is_worn(facts.reindexed, facts.memories) else None
 
 
 class Maintenance:
@@ -200,6 +208,8 @@ class Maintenance:
             case "park":
                 idle_s = self._settings.idle_index_days * _DAY_S
                 return await self._indexes.park(owner, self._clock() - idle_s)
+            case "refresh":
+                return await self._indexes.refresh(owner)
             case "demote" | "sweep":
                 await self._graphs.drop(owner)
                 return True
@@ -243,7 +253,7 @@ class Maintenance:
         )
         found = []
         for owner, count, meta, keys in zip(page, raw[::3], raw[1::3], raw[2::3], strict=True):
-            state, graph, following, profile, moving, written_s, read_s, logged = meta
+            state, graph, following, profile, moving, written_s, read_s, reindexed, logged = meta
             facts = Facts(
                 memories=count,
                 index_state=(state or b"").decode(),
@@ -253,6 +263,7 @@ class Maintenance:
                 is_moving=moving is not None,
                 has_own_profile=profile is not None,
                 used_s=max(float(written_s or 0), float(read_s or 0)),
+                reindexed=int(reindexed or 0),
             )
             found.append((owner, facts, int(logged or 0) > 0))
         return found

@@ -11,7 +11,7 @@ A part that a template shows twice is paid for twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -371,14 +371,9 @@ def _beginning(
     return "", 0
 
 
-def _ends(text: str, chars: int) -> Iterator[int]:
-    # one character more, so that "3.5" is not cut into a sentence that ends with 3.
-    return (match.end() for match in _END.finditer(text, 0, chars + 1) if match.end() <= chars)
-
-
 def _end(text: str, chars: int) -> int:
     """Return the last end of a sentence or line in the first `chars` characters; 0 without one."""
-    return max(_ends(text, chars), default=0)
+    return max((match.end() for match in _END.finditer(text, 0, chars)), default=0)
 
 
 def _end_in_text(text: str, chars: int) -> int:

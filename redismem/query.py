@@ -182,7 +182,7 @@ def _range(name: str, bounds: NumberRange | TimeRange) -> str:
     return f"@{name}:[{low} {high}]"
 
 
-def index_schema(owner: Owner, vector_field: str, dim: int) -> list[str]:
+def index_schema(owner: Owner, vector_field: str, dim: int, *, again: bool = False) -> list[str]:
     """Return the arguments of FT.CREATE for one owner's exact index.
 
     STOPWORDS 0: a union of stop words crashes RediSearch 2.10.5 otherwise. BLOCK_SIZE 64: the
@@ -191,7 +191,7 @@ def index_schema(owner: Owner, vector_field: str, dim: int) -> list[str]:
     one_value = ["TAG", "SEPARATOR", NO_SEPARATOR, "CASESENSITIVE"]
     many_values = ["TAG", "SEPARATOR", TAG_SEPARATOR, "CASESENSITIVE"]
     return [
-        owner.physical_index(vector_field),
+        owner.physical_index(vector_field, again=again),
         *["ON", "HASH", "PREFIX", "1", owner.memory_prefix],
         *["STOPWORDS", "0", "SKIPINITIALSCAN", "SCHEMA"],
         *["text", "TEXT", "words", "TEXT", "day", "TEXT"],

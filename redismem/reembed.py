@@ -13,7 +13,7 @@ from redismem.client import Client
 from redismem.codec import vector_bytes
 from redismem.embed import Embedder
 from redismem.errors import StoreError
-from redismem.index import all_ids, is_missing_index
+from redismem.index import Indexes, all_ids, is_missing_index
 from redismem.jobs import Jobs
 from redismem.keys import STORE, VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
@@ -36,6 +36,7 @@ class Reembedder:
         self._functions = functions
         self._embedder = embedder
         self._backfill = Backfill(functions, embedder)
+        self._indexes = Indexes(functions, embedder)
 
     async def run(self, progress: Callable[[Owner, int], None] | None = None) -> int:
         """Bring every owner of the store to the embedder; return the number of vectors made.
@@ -56,21 +57,12 @@ class Reembedder:
         raw = await self._client.execute("HMGET", owner.meta, "index", "embedder", "vector_field")
         if raw[0] is None:
             return 0
-        await self._adopt(owner)
+        await self._indexes.adopt(owner)
         made = 0
         if raw[1].decode() != self._embedder.name:
             made = await self._switch(owner, raw[2].decode())
         await self._settle(owner)
         return made + await self.fill(owner)
-
-    async def _adopt(self, owner: Owner) -> None:
-        """List what other services wrote: everything below walks the list of ids."""
-        offset, found = 0, _WALK
-        while found == _WALK:
-            _, found, _ = await self._functions.call(
-                "rm_adopt_v1", [owner.index, owner.ids, owner.meta], owner.memory_prefix, offset, _WALK
-            )
-            offset += found
 
     async def _switch(self, owner: Owner, old_field: str) -> int:
         field = next(name for name in VECTOR_FIELDS if name != old_field)
@@ -140,7 +132,8 @@ class Reembedder:
                 [owner.meta],
                 *(owner.memory_prefix, field, old_field, self._embedder.name, *ids[first : first + _WALK]),
             )
-        await self._drop(owner.physical_index(old_field))
+        for again in (False, True):
+            await self._drop(owner.physical_index(old_field, again=again))
         await self._client.execute("HDEL", owner.meta, "next_embedder")
 
     async def fill(self, owner: Owner) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import re
 import select
 import signal
@@ -41,13 +42,13 @@ def demo(environment: dict[str, str]) -> Iterator[Start]:
     """Starts `redismem demo …` in a session of its own; what still runs after the test is ended."""
     started = []
 
-    def demo(*args: str, **variables: str) -> subprocess.Popen[str]:
+    def demo(*args: str, stdin: int = subprocess.DEVNULL, **variables: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", "redismem", "demo", *args]
         process = subprocess.Popen(
             command,
             env={**environment, **variables},
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=pipe,
             stderr=pipe,
             text=True,
@@ -125,6 +126,67 @@ def test_own_data_is_asked_own_questions(demo: Start, tmp_path: Path) -> None:
     assert "Eve keeps wasps" in out
     assert "Of the 1 memories that were corrected, none came back" in out
     assert "right memory came first" not in out, "nobody knows which one is right"
+
+
+#: what a turn of the conversation says of a stage or of all of it: which, and its milliseconds
+_STEP = re.compile(r"^  (said|stage \d|whole) +(\d+\.\d) ms", re.MULTILINE)
+
+
+def turns(out: str) -> dict[str, list[tuple[str, float]]]:
+    """Return the steps of each turn of a conversation, by what was said."""
+    parts = (part.partition("\n") for part in out.split("» ")[1:])
+    return {said: [(step[1], float(step[2])) for step in _STEP.finditer(rest)] for said, _, rest in parts}
+
+
+def assert_staged(steps: list[tuple[str, float]]) -> None:
+    assert [name for name, _ in steps] == ["said", "stage 1", "stage 2", "stage 3", "stage 4", "whole"]
+    times = [ms for _, ms in steps[1:]]
+    assert times == sorted(times)
+    assert times[0] > 0
+
+
+def test_a_conversation_shows_its_stages_and_leaves_nothing(demo: Start, tmp_path: Path) -> None:
+    out, err = finished(demo("--chat"))
+    assert err == ""
+    shown = turns(out)
+    assert len(shown) == 3
+    for steps in shown.values():
+        assert_staged(steps)
+    first = out.split("» ")[1]
+    for part in ("profile", "pinned", "matches", "more", "deep"):
+        assert re.search(rf"^    {part} +\d+  \S", first, re.MULTILINE), part
+    assert re.search(r"asked for: \d+ \(.*(message|entity|topic) \d+.*\); \d+ of\s+them", out)
+    assert "came first" not in out, "it is not asked, it talks"
+    assert max(map(len, out.partition("To go on:")[0].splitlines())) <= 100
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_short_conversation_follows_the_questions(demo: Start) -> None:
+    out, _ = finished(demo())
+    shown = turns(out)
+    assert len(shown) == 2
+    for steps in shown.values():
+        assert_staged(steps)
+
+
+def test_a_conversation_is_of_own_data_and_what_is_typed(demo: Start, tmp_path: Path) -> None:
+    data = ndjson(tmp_path / "own.jsonl", {"text": "Ada keeps bees in [Kent]"})
+    master, terminal = pty.openpty()
+    os.write(master, b"Where are my bees?\nAnd [b]who[/b] else?\n\n")
+    try:
+        out, _ = finished(demo("--chat", "--data", data, stdin=terminal))
+    finally:
+        os.close(master)
+        os.close(terminal)
+    assert list(turns(out)) == ["Where are my bees?", "And [b]who[/b] else?"]
+    assert "Ada keeps bees in [Kent]" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
+
+
+def test_a_conversation_without_a_terminal_says_the_questions(demo: Start, tmp_path: Path) -> None:
+    data = ndjson(tmp_path / "own.jsonl", {"text": "Ada keeps bees"})
+    out, _ = finished(demo("--chat", "--data", data, "--question", "Where are the bees?"))
+    assert list(turns(out)) == ["Where are the bees?"]
 
 
 def test_own_data_without_questions_shows_the_newest(demo: Start, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ RANKS = {
     "gathering": 10,
     "prefetch": 11,
     "stages": 11,
+    "sdk": 4,
+    "chat": 14,
     "context": 12,
     "archivefiles": 3,
     "effort": 3,

@@ -31,6 +31,12 @@ local function wrong_derived(derived, prefix)
     or wrong_type(derived.summaries, 'zset') or wrong_type(derived.later, 'zset'))
 end
 
+-- RediSearch indexes a memory anew whatever field of it changes, and counts the words of the old version on (see
+-- rm_refresh_begin): count what was indexed anew
+local function note_reindexed(meta, count)
+  if count > 0 and redis.call('HEXISTS', meta, 'index') == 1 then redis.call('HINCRBY', meta, 'reindexed', count) end
+end
+
 -- queue one job of a kind for the owner; one that waits already starts at the earlier moment
 local function queue(ctx, kind, delay_ms)
   local tag = string.match(ctx.prefix, '{([^}]*)}')

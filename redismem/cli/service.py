@@ -26,9 +26,10 @@ def serve(settings: Settings, insecure: bool) -> None:
 
 @main.command()
 @click.option("--serve", "keep", is_flag=True, help="Keep the service running afterwards, until Ctrl-C.")
+@click.option("--chat", is_flag=True, help="Talk in a session, and see the stages of each context come.")
 @click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Your own NDJSON.")
 @click.option("--question", "questions", multiple=True, help="A question to your own data; may be repeated.")
 @click.option("--port", type=int, help="8000 with --serve, else a free one.")
-def demo(keep: bool, data: Path | None, questions: tuple[str, ...], port: int | None) -> None:
+def demo(keep: bool, chat: bool, data: Path | None, questions: tuple[str, ...], port: int | None) -> None:
     """Load a sample life into a service of its own, ask questions and show how they are answered."""
-    run_demo(keep=keep, data=data, questions=questions, port=port)
+    run_demo(keep=keep, chat=chat, data=data, questions=questions, port=port)

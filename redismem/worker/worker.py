@@ -56,6 +56,9 @@ _OF_OWNER: dict[str, Callable[[Tools, Owner], Awaitable[None]]] = {
 
 _OF_STORE: dict[str, Callable[[Tools], Awaitable[None]]] = {"hourly": hourly, "nightly": nightly}
 
+#: kinds that change fields of many memories, so that their index wears
+_WEARING = ("link", "topics", "decay", "embed")
+
 #: kinds that do without the owner's index
 _UNINDEXED = ("decay",)
 
@@ -171,6 +174,8 @@ class Worker:
             await summary(self._tools, owner, what, name)
         else:
             await _OF_OWNER[kind](self._tools, owner)
+        if kind in _WEARING:
+            await self._tools.indexes.refresh(owner)
 
     async def _is_forgotten(self, job: Job) -> bool:
         """Return whether the owner of a job is gone, which is why it failed."""

@@ -13,6 +13,10 @@ Rules:
     backwards a strong read met a state that an earlier strong read had found replaced
     session   a read with `min_version` missed a write of that generation or an older one
     missing   what had been written longer ago than the read may lag, and not removed since, was not there
+
+A stage of a context is compared with removals after the request began, and tells when: `removed` counts from
+there. A text that a summary or a profile quotes is judged as a memory would be, but it may lag for longer,
+and no session or strong read is promised of it. Nothing is missing from a context: it has budgets.
 """
 
 from __future__ import annotations
@@ -24,7 +28,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Operation = Literal["put", "patch", "delete", "correct", "forget", "get", "search", "batch", "list"]
+Operation = Literal[
+    "put",
+    "patch",
+    "say",
+    "delete",
+    "correct",
+    "forget",
+    "get",
+    "search",
+    "batch",
+    "list",
+    "context",
+    "stream",
+]
 Outcome = Literal["ok", "failed", "unknown"]
 Rule = Literal["ghost", "foreign", "removed", "stale", "backwards", "session", "missing"]
 
@@ -33,11 +50,15 @@ MARGIN_S = 1.0
 
 
 class Item(NamedTuple):
-    """A memory in a reply. `current`: not marked as superseded, or of a read that leaves those out."""
+    """A memory in a reply. `current`: not marked as superseded, or of a read that leaves those out.
+
+    `quoted`: its text was met in one that was made of memories.
+    """
 
     id: str
     text: str
     current: bool = True
+    quoted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +68,7 @@ class Event:
     `outcome` of a write: ok, failed (surely without effect), unknown (with effect from `began` on, or never).
     `id` is the one read or written, `replaced` are the old ids of a correction. `generation` is what the
     reply of a write told. `complete`: a read named all current memories of the user (`get`: of the id).
+    `stage` of a context, 0 for anything else; `compared`: with removals, at this moment or later.
     """
 
     client: int
@@ -64,12 +86,19 @@ class Event:
     generation: int | None = None
     complete: bool = False
     process: str = ""
+    stage: int = 0
+    compared: float | None = None
 
     @property
     def is_strong_write(self) -> bool:
         """Whether the reply promises that nobody reads what it replaced or removed."""
         asked = self.operation in ("put", "patch") and self.consistency == "strong"
         return asked or self.operation in ("delete", "correct", "forget")
+
+    @property
+    def knows_removals_of(self) -> float:
+        """The moment before which no removal may be answered of what the read returns."""
+        return self.began if self.compared is None else self.compared
 
     def __str__(self) -> str:
         told = " ".join(
@@ -79,6 +108,7 @@ class Event:
         level = f" {self.consistency}" if self.consistency != "eventual" else ""
         since = f" >={self.min_version}" if self.min_version is not None else ""
         at = f" generation {self.generation}" if self.generation is not None else ""
+        at += f" stage {self.stage} compared {self.compared:.6f}" if self.compared is not None else ""
         where = f"client {self.client} at {self.process}" if self.process else f"client {self.client}"
         return f"[{self.began:.6f} {self.ended:.6f}] {told}{more}{level}{since}{at} {self.outcome} ({where})"
 
@@ -89,10 +119,17 @@ class Bounds:
 
     memory_s: float = 30.0
     search_s: float = 60.0
+    context_s: float = 60.0
+    quoted_s: float = 300.0
 
-    def of(self, read: Event) -> float:
+    def of(self, read: Event, *, quoted: bool = False) -> float:
+        """Return the bound of what a read returns, or of what it quotes."""
+        if quoted:
+            return MARGIN_S + self.quoted_s
         if read.consistency == "strong":
             return 0.0
+        if read.operation in ("context", "stream"):
+            return MARGIN_S + self.context_s
         return MARGIN_S + (self.search_s if read.operation in ("search", "batch") else self.memory_s)
 
 
@@ -283,7 +320,7 @@ class _History:
         user = self._users[event.user]
         if event.id:
             user[event.id]  # also when it is only asked for
-        if event.operation in ("put", "patch", "correct") and event.outcome != "failed":
+        if event.operation in ("put", "patch", "say", "correct") and event.outcome != "failed":
             assert self._authors.setdefault(event.text, event.user) == event.user, "texts must be unique"
             assert event.text not in user[event.id].writes, "texts must be unique"
             user[event.id].writes[event.text] = event
@@ -294,7 +331,7 @@ class _History:
         for item in event.returned:
             seen = user[item.id].seen
             seen[item.text] = min(event.ended, seen.get(item.text, math.inf))
-            if event.consistency == "strong" and event.operation != "patch":
+            if event.consistency == "strong" and event.operation != "patch" and not item.quoted:
                 user[item.id].strong.append(_Mark(event.began, event.ended, event, item.text))
         if (
             event.operation == "get"
@@ -313,13 +350,14 @@ class _History:
             yield Violation(rule, read, item.id, item.text, self._refused.get(item.text), written)
             return
         fate = timeline.fate(item.text)
-        broken: list[tuple[Rule, _Mark | None]] = [("removed", _past(fate.erased, read.began))]
+        broken: list[tuple[Rule, _Mark | None]] = [("removed", _past(fate.erased, read.knows_removals_of))]
         if item.current:
-            broken.append(("removed", _past(fate.superseded, read.began)))
-        broken.append(("stale", _past(fate.overwritten, read.began - bounds.of(read))))
-        if read.min_version is not None:
+            broken.append(("removed", _past(fate.superseded, read.knows_removals_of)))
+        lag_s = bounds.of(read, quoted=item.quoted)
+        broken.append(("stale", _past(fate.overwritten, read.began - lag_s)))
+        if read.min_version is not None and not item.quoted:
             broken.append(("session", _past(fate.outdated, read.min_version + 0.5)))
-        if read.consistency == "strong" and read.operation != "patch":
+        if read.consistency == "strong" and read.operation != "patch" and not item.quoted:
             broken.append(("backwards", timeline.replaced_before(item.text, read)))
         for rule, mark in broken:
             if mark:

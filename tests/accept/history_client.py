@@ -13,7 +13,10 @@ REQUEST_S = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came of one request. `status` 0: no reply; `sent` False: it cannot have had an effect."""
+    """What came of one request. `status` 0: no reply; `sent` False: it cannot have had an effect.
+
+    `chunks` of a reply that came in parts: when each arrived; also of one that broke off.
+    """
 
     began: float
     ended: float
@@ -22,6 +25,7 @@ class Reply:
     body: bytes = b""
     sent: bool = True
     why: str = ""
+    chunks: tuple[tuple[float, bytes], ...] = ()
 
 
 class _Connection(asyncio.Protocol):
@@ -29,8 +33,9 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.closed = False
+        self.chunks: list[tuple[float, bytes]] = []
         self._buffer = bytearray()
-        self._need = 0
+        self._head = b""
         self._reply: asyncio.Future[tuple[bytes, bytes]] | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -45,20 +50,44 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        end = self._need or self._buffer.find(b"\r\n\r\n") + 4
-        if end < 4 or not self._reply or self._reply.done():
+        if not self._reply or self._reply.done():
             return
-        self._need = end
-        head = bytes(self._buffer[:end])
-        size = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-        if len(self._buffer) >= end + size:
-            self._reply.set_result((head, bytes(self._buffer[end : end + size])))
-            del self._buffer[: end + size]
-            self._need = 0
+        if not self._head:
+            end = self._buffer.find(b"\r\n\r\n") + 4
+            if end < 4:
+                return
+            self._head = bytes(self._buffer[:end])
+            del self._buffer[:end]
+        _, is_sized, rest = self._head.lower().partition(b"content-length:")
+        body = self._sized(int(rest.partition(b"\r\n")[0])) if is_sized else self._chunked()
+        if body is not None:
+            self._reply.set_result((self._head, body))
+            self._head = b""
+
+    def _sized(self, size: int) -> bytes | None:
+        if len(self._buffer) < size:
+            return None
+        body = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return body
+
+    def _chunked(self) -> bytes | None:
+        """Note each chunk that is there; return what all of them hold after the last, else None."""
+        while (end := self._buffer.find(b"\r\n")) >= 0:
+            size = int(self._buffer[:end], 16)
+            if len(self._buffer) < end + size + 4:
+                return None
+            chunk = bytes(self._buffer[end + 2 : end + 2 + size])
+            del self._buffer[: end + size + 4]
+            if not size:
+                return b"".join(content for _, content in self.chunks)
+            self.chunks.append((time.monotonic(), chunk))
+        return None
 
     async def exchange(self, message: bytes) -> tuple[bytes, bytes]:
         """Return head and body of the reply."""
         assert self._transport is not None
+        self.chunks.clear()
         self._reply = asyncio.get_running_loop().create_future()
         self._transport.write(message)
         return await self._reply
@@ -75,11 +104,14 @@ class HttpClient:
     def __init__(self) -> None:
         self._connections: dict[int, _Connection] = {}
 
-    async def request(self, port: int, method: str, path: str, body: bytes = b"") -> Reply:
+    async def request(
+        self, port: int, method: str, path: str, body: bytes = b"", *, accept: str = "application/json"
+    ) -> Reply:
         """Return the reply, or why there is none, within REQUEST_S."""
         loop, sent, why = asyncio.get_running_loop(), False, "refused"
         message = (
             f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            f"Accept: {accept}\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         ).encode() + body
         began = time.monotonic()
@@ -91,14 +123,16 @@ class HttpClient:
                     self._connections[port] = connection
                 sent, why = True, "lost"
                 head, content = await connection.exchange(message)
-                return Reply(began, time.monotonic(), int(head[9:12]), head, content)
+                status, ended = int(head[9:12]), time.monotonic()
+                return Reply(began, ended, status, head, content, chunks=tuple(connection.chunks))
         except TimeoutError:
             why = "timeout"
         except OSError as exc:
             why += f" ({type(exc).__name__})"
         with suppress(KeyError):
             self._connections.pop(port).close()
-        return Reply(began, time.monotonic(), sent=sent, why=why)
+        chunks = tuple(connection.chunks) if sent and connection else ()
+        return Reply(began, time.monotonic(), sent=sent, why=why, chunks=chunks)
 
     def close(self) -> None:
         """Close every connection."""

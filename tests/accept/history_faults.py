@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,10 @@ import msgspec
 
 from redismem.client import Client
 from redismem.embedded import EmbeddedRedis
+from redismem.keys import Owner
 from redismem.settings import Settings
+from tests.accept.history_actor import Offers
 from tests.accept.history_client import HttpClient
-from tests.accept.history_load import Offers
 from tests.conftest import until
 
 CHILD = Path(__file__).with_name("history_child.py")
@@ -55,12 +56,15 @@ class _Process:
 
 @dataclass
 class Cluster:
-    """Three service processes, a port each in `ports`, and their Redis. Enter it from the main thread."""
+    """Three service processes, a port each in `ports`, a worker and their Redis.
+
+    Enter it from the main thread. `broken`: what, in the words of history_child.
+    """
 
     folder: Path
     memory_ttl_s: float
     search_ttl_s: float
-    broken: bool = False
+    broken: str = ""
     ports: list[int] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     #: connections killed, by how they were chosen
@@ -74,6 +78,7 @@ class Cluster:
             stack.push_async_callback(self._close)
             self._processes = list(await asyncio.gather(*(self._start(slot) for slot in range(len(SLOW_S)))))
             self.ports[:] = [process.port for process in self._processes]
+            self._processes.append(await self._spawn("worker", ["worker"]))
             stack.pop_all()
         return self
 
@@ -87,28 +92,43 @@ class Cluster:
         await self._redis.__aexit__(None, None, None)
 
     async def _start(self, slot: int) -> _Process:
+        arguments = [str(SLOW_S[slot]), *([self.broken] if self.broken else [])]
+        process = await self._spawn(f"service{slot}", arguments)
+        try:
+            await until(f"p{slot} is ready", lambda: self._is_ready(process), 30)
+        except BaseException:
+            process.popen.kill()
+            process.popen.wait()
+            raise
+        return process
+
+    async def _spawn(self, name: str, arguments: list[str]) -> _Process:
+        """Start a child; return when it has told its port."""
         environ = {name: value for name, value in os.environ.items() if not name.startswith("REDISMEM_")}
         environ |= {"REDISMEM_REDIS_URL": self._redis.url, "PYTHONPATH": str(ROOT)}
         environ |= {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1"}
         environ |= {"REDISMEM_MEMORY_TTL_S": str(self.memory_ttl_s)}
         environ |= {"REDISMEM_SEARCH_TTL_S": str(self.search_ttl_s)}
-        command = [sys.executable, str(CHILD), str(SLOW_S[slot]), *(["broken"] if self.broken else [])]
         self._started += 1
-        path = self.folder / f"service{slot}-{self._started}.log"
+        path = self.folder / f"{name}-{self._started}.log"
         with path.open("w") as log:
-            popen = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=log, text=True)
+            popen = subprocess.Popen(
+                [sys.executable, str(CHILD), *arguments],
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         try:
             assert popen.stdout is not None
             with popen.stdout as output:
                 port = int(await asyncio.wait_for(asyncio.to_thread(output.readline), 30) or 0)
             assert port, path.read_text()
-            process = _Process(popen, port, path)
-            await until(f"p{slot} is ready", lambda: self._is_ready(process), 30)
         except BaseException:
             popen.kill()
             popen.wait()
             raise
-        return process
+        return _Process(popen, port, path)
 
     async def _is_ready(self, process: _Process) -> bool:
         assert process.popen.poll() is None, process.log.read_text()
@@ -205,7 +225,22 @@ class Cluster:
             await fault()
         await asyncio.sleep(max(0.0, start + duration_s - time.monotonic()))
 
+    async def loaded(self, users: Sequence[str], sessions: Sequence[str]) -> tuple[int, int]:
+        """Return how many memories are loaded ahead for these sessions, and how many of those are gone."""
+        client = Client(Settings(), self._redis.url)
+        try:
+            named = gone = 0
+            for owner in map(Owner, users):
+                for session in sessions:
+                    raw = await client.execute("HGET", owner.session(session), "loaded") or b"[]"
+                    for memory_id, _, _ in msgspec.json.decode(raw, type=list[tuple[str, str, float]]):
+                        named += 1
+                        gone += not await client.execute("EXISTS", owner.memory(memory_id))
+        finally:
+            await client.close()
+        return named, gone
+
     def logs(self) -> str:
         """Return the ends of what the processes wrote to stderr."""
-        paths = sorted(self.folder.glob("service*.log"))
+        paths = sorted(self.folder.glob("*.log"))
         return "\n".join(f"{path.name}: …{path.read_text()[-600:]}" for path in paths if path.stat().st_size)

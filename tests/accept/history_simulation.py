@@ -11,6 +11,7 @@ from typing import Any
 from tests.accept.history import Event, Item, Operation
 
 IDS, USERS = ("m", "n", "o"), ("u", "v")
+READS = ("get", "search", "context")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Simulation:
             self.events.append(self._done(step))
 
     def _done(self, step: Step) -> Event:
-        lost = step.lost and step.operation not in ("get", "search")
+        lost = step.lost and step.operation not in READS
         told = getattr(self, f"_{step.operation}")(step)
         common: dict[str, Any] = {
             "client": 0,
@@ -58,7 +59,7 @@ class Simulation:
         done = Event(**common, began=step.began, ended=step.began + step.length, **told)
         if lost and done.outcome == "ok":
             done = replace(done, outcome="unknown", generation=None, returned=())
-        if done.operation in ("get", "search"):
+        if done.operation in READS:
             now = set(self._found(step))
             if set(done.returned) - now:
                 self.old.append(done)
@@ -109,6 +110,11 @@ class Simulation:
 
     def _search(self, step: Step) -> dict[str, Any]:
         return self._read(step, "")
+
+    def _context(self, step: Step) -> dict[str, Any]:
+        # what it shows is read and compared in the moment in which the step takes effect
+        moment = step.began + step.share * step.length
+        return self._read(step, "") | {"complete": False, "stage": 1, "compared": moment}
 
     def _read(self, step: Step, what: str) -> dict[str, Any]:
         found = tuple(self._found(step))

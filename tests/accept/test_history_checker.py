@@ -28,6 +28,10 @@ def patch(text: str, began: float, ended: float, **more: Any) -> Event:
     return event("patch", began, ended, **{"id": "m", "text": text, **more})
 
 
+def say(text: str, began: float, ended: float, **more: Any) -> Event:
+    return event("say", began, ended, **{"id": "m", "text": text, **more})
+
+
 def delete(began: float, ended: float, **more: Any) -> Event:
     return event("delete", began, ended, **{"id": "m", **more})
 
@@ -45,6 +49,12 @@ def get(text: str | None, began: float, ended: float, **more: Any) -> Event:
 def search(items: dict[str, str], began: float, ended: float, **more: Any) -> Event:
     returned = tuple(Item(*item) for item in items.items())
     return event("search", began, ended, **{"complete": True, "returned": returned, **more})
+
+
+def stage(text: str, began: float, compared: float, ended: float, **more: Any) -> Event:
+    """Return a stage of a context that showed a text, or with `quoted` met it in another."""
+    item = Item("m", text, quoted=more.pop("quoted", False))
+    return event("stream", began, ended, **{"stage": 2, "compared": compared, "returned": (item,), **more})
 
 
 STRONG = {"consistency": "strong"}
@@ -119,6 +129,25 @@ FINE: dict[str, list[Event]] = {
     "strong reads while one writes": [A, put("b", 2, 9), get("a", 3, 6, **STRONG), get("b", 5, 7, **STRONG)],
     "a session that asks for less": [A, B, search({"m": "a"}, 4, 5, **since(1))],
     "a session that knows no deletes": [A, delete(2, 3), search({}, 4, 5, **since(1))],
+    "a stage that was compared before the delete was answered": [A, delete(4, 6), stage("a", 3, 5.9, 9)],
+    "a stage that was compared when the delete was answered": [A, delete(4, 6), stage("a", 3, 6, 9)],
+    "a stage that was compared during a strong update": [A, put("b", 4, 6, **STRONG), stage("a", 3, 5, 9)],
+    "a context that has no room": [A, event("context", 99, 99, stage=1, compared=99)],
+    "a stage within its time": [A, B, stage("a", 63, 64, 65)],
+    "a stage of an older session": [A, B, stage("a", 4, 5, 6, **since(1))],
+    "a stage that a plain update overtook": [A, B, stage("a", 2.5, 4, 5, **STRONG)],
+    "a quoted text within its time": [A, B, stage("a", 303, 304, 305, quoted=True)],
+    "a quoted text in a session or strong context": [
+        *[A, B, stage("a", 4, 5, 6, quoted=True, **since(2)), stage("a", 4, 5, 6, quoted=True, **STRONG)],
+        get("b", 7, 8, **STRONG),
+    ],
+    "a message said anew after the delete": [
+        A,
+        delete(2, 3),
+        say("b", 4, 5),
+        get("b", 6, 7),
+    ],
+    "a message that was not stored": [A, say("b", 2, 3, outcome="failed"), get("a", 99, 99)],
     "the reply of an update that was overtaken": [
         A,
         patch("b", 2, 5, returned=(Item("m", "c"),)),
@@ -181,6 +210,42 @@ WRONG: dict[str, tuple[list[Event], list[str]]] = {
         ],
         ["session"],
     ),
+    "a stage compared after the delete was answered": (
+        [A, delete(4, 6), stage("a", 3, 6.1, 9), stage("a", 3, 5.9, 9)],
+        ["removed"],
+    ),
+    "a stage compared after the correction was answered": (
+        [A, correct("c", 4, 6), stage("a", 3, 6.1, 9)],
+        ["removed"],
+    ),
+    "a stage compared after the user was forgotten": (
+        [A, event("forget", 4, 6), stage("a", 3, 6.1, 9)],
+        ["removed"],
+    ),
+    "a stage compared after a strong update": (
+        [A, put("b", 4, 6, **STRONG), stage("a", 3, 6.1, 9)],
+        ["removed"],
+    ),
+    "a deleted text that is quoted": ([A, delete(4, 6), stage("a", 3, 6.1, 9, quoted=True)], ["removed"]),
+    "a corrected text that is quoted": (
+        [A, correct("c", 4, 6), stage("a", 3, 6.1, 9, quoted=True)],
+        ["removed"],
+    ),
+    "a quoted text of another user": ([A, stage("a", 3, 4, 5, quoted=True, user="v")], ["foreign"]),
+    "a quoted text that nobody wrote": ([A, stage("x", 3, 4, 5, quoted=True)], ["ghost"]),
+    "a stage kept too long": ([A, B, stage("a", 64.1, 65, 66)], ["stale"]),
+    "a quoted text kept too long": ([A, B, stage("a", 304.1, 305, 306, quoted=True)], ["stale"]),
+    "a strong context that misses an update": ([A, B, stage("a", 3.1, 4, 5, **STRONG)], ["stale"]),
+    "a context of a session that misses an update": ([A, B, stage("a", 4, 5, 6, **since(2))], ["session"]),
+    "a message of which the older text is kept too long": (
+        [A, say("b", 2, 3), get("a", 34.1, 35)],
+        ["stale"],
+    ),
+    "a deleted message": (
+        [say("a", 0, 1), delete(2, 3), stage("a", 3, 4, 5)],
+        ["removed"],
+    ),
+    "a lost message": ([say("a", 0, 1), get(None, 2, 3, **STRONG)], ["missing"]),
     "a lost memory": ([A, get(None, 2, 3, **STRONG)], ["missing"]),
     "a memory lost after a refused delete": (
         [A, delete(1, 2, outcome="failed"), get(None, 3, 4, **STRONG)],
@@ -216,7 +281,7 @@ STEPS = st.lists(
     st.builds(
         Step,
         operation=st.sampled_from(
-            ["put", "put", "patch", "delete", "correct", "forget", "get", "search", "search"]
+            ["put", "put", "patch", "delete", "correct", "forget", "get", "search", "search", "context"]
         ),
         memory_id=st.sampled_from(IDS),
         user=st.sampled_from(USERS),
@@ -250,7 +315,7 @@ def _as_session(read: Event, events: list[Event]) -> Event:
 def test_one_after_the_other_exactly_the_removed_texts_of_a_deaf_cache_are_found(steps: list[Step]) -> None:
     apart = [replace(step, began=100 * i, lost=False) for i, step in enumerate(steps)]
     simulated = Simulation(apart, deaf=1)
-    found = check(simulated.events, Bounds(1e9, 1e9))
+    found = check(simulated.events, Bounds(1e9, 1e9, 1e9))
     assert {violation.rule for violation in found} <= {"removed"}
     removed = [read for read in simulated.old if _holds_removed(read, simulated.events)]
     assert sorted({violation.read.began for violation in found}) == sorted(read.began for read in removed)
@@ -273,7 +338,7 @@ def _holds_removed(read: Event, events: list[Event]) -> bool:
 
 def test_a_cache_that_misses_most_invalidations_is_found_among_concurrent_clients() -> None:
     rng = random.Random(0)
-    operations: list[Operation] = ["put", "patch", "delete", "correct", "get", "search", "search", "search"]
+    operations: list[Operation] = ["put", "patch", "delete", "correct", "get", "search", "search", "context"]
     for _ in range(20):
         steps = [
             Step(

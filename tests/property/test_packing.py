@@ -76,7 +76,7 @@ TEMPLATES = st.one_of(
         st.sampled_from(
             [
                 *("{profile}", "{session}", "{memories}", "{topics}", "{entities}", "{context}", "{{", "}}"),
-                *("Known: ", "abcdefghijkl", "ING", " ", "\n", ".", "\U0001f375"),
+                *("Known: ", "abcdefghijkl", "the", "ING", " ", "\n", ".", "\U0001f375"),
             ]
         ),
         max_size=8,

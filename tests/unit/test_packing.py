@@ -226,12 +226,16 @@ def test_a_long_memory_in_a_script_without_blanks_is_cut_between_characters() ->
 
 
 def test_a_memory_is_not_cut_into_what_is_left() -> None:
-    packer = opened()
-    packer.add_memories("pinned", "M", [sized("a", 100), sized("b", 160), sized("c", 150)], "l1")
-    long = memory("long", "A fine sentence. " * 500)
-    assert packer.room < STAGE_TOKENS[1] // 3
-    assert packer.add_memories("pinned", "M", [long, sized("d", 40)], "l1") == 1
-    assert shown(packer.end(0)) == [["a", "b", "c", "d"]]
+    # its first sentence would fit, and fill half of a third
+    long = memory("long", "fine " * 90 + "end. " + "word " * 500)
+    third = STAGE_TOKENS[1] // 3
+    for left, expected in ((third, ["a", "b", "c", "long"]), (third - 1, ["a", "b", "c", "d"])):
+        packer = opened()
+        sizes = {"a": 160, "b": 160, "c": STAGE_TOKENS[1] - HEAD - 320 - left}
+        packer.add_memories("pinned", "M", [sized(*item) for item in sizes.items()], "l1")
+        assert packer.room == left
+        packer.add_memories("pinned", "M", [long, sized("d", 90)], "l1")
+        assert shown(packer.end(0)) == [expected]
 
 
 def test_a_block_with_a_bound_shows_a_long_memory_shortened() -> None:
@@ -263,6 +267,13 @@ def test_a_text_is_cut_at_the_end_of_a_line_or_sentence() -> None:
         "Known:\n- boats\n- tea\nHe lives in St. Ives. Aged 3.5 years.",
         text,
     ]
+
+
+def test_a_text_is_not_cut_behind_the_number_of_an_item() -> None:
+    packer = opened()
+    packer.add_text("profile", "P", "1. Boats.\n2. Tea", [], "derived", most=HEAD + 3)
+    assert packer.end(0).blocks[0].text == "1. Boats."
+    assert not opened().add_text("profile", "P", "1. Boats and tea", [], "derived", most=HEAD + 2)
 
 
 def test_a_text_of_which_no_sentence_fits_leaves_no_trace() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import get_args
 
@@ -179,7 +180,7 @@ def test_a_part_is_counted_as_often_as_it_is_shown() -> None:
 
 
 def test_a_template_counts_its_own_words_and_by_bytes_what_may_join_with_a_text() -> None:
-    def words(texts: list[str]) -> list[int]:
+    def words(texts: Sequence[str]) -> list[int]:
         return [len(text.split()) for text in texts]
 
     assert own_tokens("Known to us: {profile} Answer now.", words) == 5

@@ -1,0 +1,461 @@
+"""A worn index is made anew beside the one that serves: the scores of memories written once, and no search misses any.
+
+RediSearch 2.10 counts the words of old versions on, so two users with the same memories rank them otherwise.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redismem import index
+from redismem.doctor import examine
+from redismem.embedded import EmbeddedRedis
+from redismem.filters import Filters
+from redismem.keys import WEIGHTS, Owner
+from redismem.material import digest
+from redismem.query import index_schema
+from redismem.service import Service, open_service
+from redismem.settings import Settings
+from redismem.types import CorrectionRequest, MemoryInput, MemoryPatch, SearchRequest
+from redismem.worker.rounds import decay
+from redismem.worker.tools import Tools
+from redismem.worker.topics import topics
+from tests.redis.conftest import Until
+from tests.redis.test_graph import check_in_step
+from tests.redis.test_reembed import OtherEmbedder, problems, reembedder
+from tests.redis.test_worker import another
+
+COUNT = 40
+FUTURE_S = 4e9
+NOW_MS = 1_800_000_000_000
+PATIENCE_MS = 600_000
+WORDS = "amber basil cedar delta ember fern grove hazel iris jade".split()
+QUERIES = ("zebra", "amber|basil|cedar", "zebra|number7|jade|hazel", "changed|fern")
+
+Act = Callable[[Service, Owner], Awaitable[object]]
+
+
+def text_of(number: int) -> str:
+    """Return a text with a word that all have, some that some have, one that no other has; lengths differ."""
+    shared = [word for i, word in enumerate(WORDS) if number % (i + 2) == 0]
+    return " ".join(["zebra", *shared, f"number{number}"])
+
+
+async def filled(service: Service, owner: Owner, count: int = COUNT) -> None:
+    await service.writer.put(owner, [MemoryInput(id=f"m{i}", text=text_of(i)) for i in range(count)])
+
+
+async def reweighed(service: Service, owner: Owner, count: int = COUNT) -> None:
+    """Index so many memories anew; what their index should say stays the same."""
+    for number in range(count):
+        await service.writer.update(owner, f"m{number}", MemoryPatch(importance=0.123))
+
+
+async def scores(service: Service, owner: Owner) -> list[dict[str, bytes]]:
+    """Return what RediSearch makes of each query: id -> BM25, as the text that it was sent in."""
+    found = []
+    for query in QUERIES:
+        options = "WITHSCORES", "SCORER", "BM25STD", "NOCONTENT", "LIMIT", 0, 1000, "DIALECT", 2
+        _, *rest = await service.client.execute("FT.SEARCH", owner.index, query, *options)
+        names = (raw.decode().removeprefix(owner.memory_prefix) for raw in rest[::2])
+        found.append(dict(zip(names, rest[1::2], strict=True)))
+    return found
+
+
+async def scores_of_one_write(service: Service, count: int = COUNT) -> list[dict[str, bytes]]:
+    twin = service.owner("twin")
+    await filled(service, twin, count)
+    found = await scores(service, twin)
+    assert len(found[0]) == count
+    await service.writer.forget(twin)
+    return found
+
+
+async def found_ids(service: Service, owner: Owner) -> set[str]:
+    """Return the ids that a search finds; it must be a whole one."""
+    reply = await service.search(owner, SearchRequest(text="zebra", search_mode="keyword", limit=100))
+    assert not reply.partial
+    return {hit.id for hit in reply.memories}
+
+
+async def meta(service: Service, owner: Owner, name: str) -> str | None:
+    raw = await service.client.execute("HGET", owner.meta, name)
+    return None if raw is None else raw.decode()
+
+
+async def counted(service: Service, owner: Owner) -> int:
+    return int(await meta(service, owner, "reindexed") or 0)
+
+
+async def indexes(service: Service) -> set[str]:
+    """Return the names of all indexes behind `:flat:`."""
+    return {raw.decode().partition(":flat:")[2] for raw in await service.client.execute("FT._LIST")}
+
+
+async def served(service: Service, owner: Owner) -> str:
+    info = await service.client.execute("FT.INFO", owner.index)
+    name: bytes = info[info.index(b"index_name") + 1]
+    return name.decode()
+
+
+async def begin(service: Service, owner: Owner, now_ms: int = NOW_MS, *, field: str = "embedding") -> Any:
+    """Begin to refresh an index that was not refreshed before."""
+    made = owner.physical_index(field, again=True)
+    schema = index_schema(owner, field, service.embedder.dim, again=True)
+    return await service.functions.call(
+        "rm_refresh_begin_v1", [made, owner.meta], now_ms, PATIENCE_MS, *schema
+    )
+
+
+async def reindex(service: Service, owner: Owner, *numbers: int) -> None:
+    ids = [f"m{number}" for number in numbers]
+    await service.functions.call("rm_reindex_v1", [owner.ids], owner.memory_prefix, *ids)
+
+
+async def end(service: Service, owner: Owner, word: bytes) -> bytes:
+    keys = [owner.index, owner.physical_index("embedding", again=True), owner.meta]
+    outcome: bytes = await service.functions.call("rm_refresh_end_v1", keys, word)
+    return outcome
+
+
+def tools_of(service: Service) -> Tools:
+    return another(service)._tools
+
+
+async def decayed(service: Service, owner: Owner) -> None:
+    await service.client.execute("HSET", WEIGHTS, "*", "[0.5]")
+    await decay(tools_of(service), owner)
+
+
+async def clustered(service: Service, owner: Owner) -> None:
+    await topics(tools_of(service), owner)
+
+
+async def changed_and_back(service: Service, owner: Owner) -> None:
+    for text in ("changed to something much longer than it was before", None):
+        for number in range(COUNT):
+            patch = MemoryPatch(text=text or text_of(number))
+            await service.writer.update(owner, f"m{number}", patch)
+
+
+async def rewritten(service: Service, owner: Owner) -> None:
+    await service.writer.put(owner, [MemoryInput(id=f"m{i}", text="changed") for i in range(COUNT)])
+    await filled(service, owner)
+
+
+# scores ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wear", [clustered, decayed, changed_and_back, rewritten, reweighed])
+async def test_a_refreshed_index_scores_as_one_written_once(
+    service: Service, owner: Owner, no_backfill: list[str], wear: Act
+) -> None:
+    once = await scores_of_one_write(service)
+    await filled(service, owner)
+    assert await scores(service, owner) == once
+    await wear(service, owner)
+    assert await counted(service, owner) >= COUNT
+    assert await scores(service, owner) != once
+    assert await service.indexes.refresh(owner)
+    assert await scores(service, owner) == once
+    assert await served(service, owner) == owner.physical_index("embedding", again=True)
+    assert await indexes(service) == {"embedding:again"}
+
+
+@pytest.mark.parametrize("kind", ["topics", "decay", "link"])
+async def test_the_worker_leaves_no_worn_index(service: Service, owner: Owner, kind: str) -> None:
+    once = await scores_of_one_write(service)
+    await filled(service, owner)
+    await service.client.execute("HSET", WEIGHTS, "*", "[0.5]")
+    if kind == "link":  # it finds what another job left
+        await reweighed(service, owner)
+    await another(service).make(owner, kind)
+    assert await served(service, owner) == owner.physical_index("embedding", again=True)
+    assert await scores(service, owner) == once
+
+
+async def test_the_two_names_are_used_in_turns(service: Service, owner: Owner) -> None:
+    once = await scores_of_one_write(service)
+    await filled(service, owner)
+    for name in ("embedding:again", "embedding", "embedding:again"):
+        await reweighed(service, owner)
+        assert await service.indexes.refresh(owner)
+        assert await indexes(service) == {name}
+        assert (await scores(service, owner), await counted(service, owner)) == (once, 0)
+
+
+@asynccontextmanager
+async def kept(folder: Path) -> AsyncIterator[Service]:
+    async with EmbeddedRedis(folder) as redis:
+        settings = Settings(
+            redis_url=redis.url, embedder="deterministic", testing=True, l1_entries=0, l2_searches=0
+        )
+        async with open_service(settings) as service:
+            yield service
+
+
+@pytest.mark.parametrize("log", ["replayed", "rewritten"])
+async def test_a_restart_keeps_the_refreshed_scores(until: Until, log: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="rmem") as folder:
+        async with kept(Path(folder)) as service:
+            owner = service.owner("alice")
+            once = await scores_of_one_write(service)
+            await filled(service, owner)
+            await reweighed(service, owner)
+            assert await service.indexes.refresh(owner)
+            if log == "rewritten":
+                before = (await service.client.execute("INFO", "persistence")).decode()
+                assert "aof_rewrite_in_progress:0" in before
+                await service.client.execute("BGREWRITEAOF")
+
+                async def is_rewritten() -> bool:
+                    info = (await service.client.execute("INFO", "persistence")).decode()
+                    return "aof_rewrite_in_progress:0" in info and "aof_rewrite_scheduled:0" in info
+
+                await until("the log is rewritten", is_rewritten)
+        async with kept(Path(folder)) as service:
+            assert await served(service, owner) == owner.physical_index("embedding", again=True)
+            assert await indexes(service) == {"embedding:again"}
+            assert await scores(service, owner) == once
+            assert await service.indexes.open(owner)
+            assert len(await found_ids(service, owner)) == COUNT
+
+
+# while it is made --------------------------------------------------------------------------------
+
+
+async def test_no_search_misses_a_memory_meanwhile(
+    service: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two calls of a refresh a memory comes, one goes, one changes, and all are found."""
+    await filled(service, owner)
+    await reweighed(service, owner)
+    monkeypatch.setattr(index, "_SLICE", 8)
+    wanted, steps, call, is_mine = {f"m{i}" for i in range(COUNT)}, [], service.functions.call, False
+
+    async def act(step: int) -> None:
+        await service.writer.put(owner, [MemoryInput(id=f"new{step}", text="zebra new")])
+        await service.client.execute("HSET", owner.memory(f"hand{step}"), "text", "zebra by hand")
+        await service.writer.delete(owner, f"m{3 * step}")
+        await service.writer.delete(owner, f"m{39 - step}")
+        await service.writer.update(owner, f"m{3 * step + 1}", MemoryPatch(text=f"zebra changed {step}"))
+        wanted.update((f"new{step}", f"hand{step}"))
+        wanted.difference_update((f"m{3 * step}", f"m{39 - step}"))
+
+    async def between(name: str, *args: Any, **options: Any) -> Any:
+        nonlocal is_mine
+        reply = await call(name, *args, **options)
+        if name.startswith(("rm_refresh", "rm_reindex")) and not is_mine:
+            is_mine = True
+            await act(len(steps))
+            steps.append(name)
+            assert await found_ids(service, owner) == wanted
+            is_mine = False
+        return reply
+
+    monkeypatch.setattr(type(service.functions), "call", staticmethod(between))
+    assert await service.indexes.refresh(owner)
+    monkeypatch.undo()
+    assert (steps[0], steps[-1], len(steps)) == ("rm_refresh_begin_v1", "rm_refresh_end_v1", 7)
+    assert await found_ids(service, owner) == wanted
+    assert await service.backfill.drained(10)
+    assert await indexes(service) == {"embedding:again"}
+
+
+async def test_memories_of_other_services_stay(service: Service, owner: Owner) -> None:
+    await filled(service, owner)
+    for number in range(3):
+        await service.client.execute("HSET", owner.memory(f"hand{number}"), "text", "zebra by hand")
+    before = await found_ids(service, owner)
+    assert len(before) == COUNT + 3
+    await reweighed(service, owner)
+    assert await service.indexes.refresh(owner)
+    assert await found_ids(service, owner) == before
+    assert await service.client.execute("ZCARD", owner.ids) == COUNT + 3
+
+
+async def test_a_short_index_is_thrown_away(service: Service, owner: Owner) -> None:
+    await filled(service, owner)
+    await reweighed(service, owner)
+    word = await begin(service, owner)
+    await reindex(service, owner, *range(COUNT - 1))
+    assert await indexes(service) == {"embedding", "embedding:again"}
+    assert await end(service, owner, word) == b"SHORT"
+    assert await indexes(service) == {"embedding"}
+    assert (await meta(service, owner, "index_next"), await counted(service, owner)) == (None, COUNT)
+    assert len(await found_ids(service, owner)) == COUNT
+    assert await service.indexes.refresh(owner)
+
+
+async def test_of_two_only_the_second_ends_once_the_first_is_given_up(service: Service, owner: Owner) -> None:
+    await filled(service, owner)
+    await reweighed(service, owner)
+    first = await begin(service, owner)
+    assert await begin(service, owner, NOW_MS + PATIENCE_MS - 1) == b"BUSY"
+    second = await begin(service, owner, NOW_MS + PATIENCE_MS)
+    assert second not in (b"BUSY", first)
+    await reindex(service, owner, *range(COUNT))
+    assert await end(service, owner, first) == b"STALE"
+    assert await indexes(service) == {"embedding", "embedding:again"}
+    assert await end(service, owner, second) == b"OK"
+    assert await end(service, owner, second) == b"STALE"
+    assert await indexes(service) == {"embedding:again"}
+    assert len(await found_ids(service, owner)) == COUNT
+
+
+async def test_a_refresh_waits_for_what_is_under_way(service: Service, owner: Owner) -> None:
+    await filled(service, owner)
+    await reweighed(service, owner)
+    for name, value in (("next_embedder", "x"), ("index_state", "filling:1"), ("index_state", "cold")):
+        await service.client.execute("HSET", owner.meta, name, value)
+        assert await begin(service, owner) == b"BUSY"
+        assert not await service.indexes.refresh(owner)
+        await service.client.execute("HDEL", owner.meta, name)
+    assert await indexes(service) == {"embedding"}
+    word = await begin(service, owner)
+    assert not await service.indexes.refresh(owner)
+    await reindex(service, owner, *range(COUNT))
+    await service.client.execute("HSET", owner.meta, "next_embedder", "x")
+    assert await end(service, owner, word) == b"STALE"
+    assert await indexes(service) == {"embedding"}
+
+
+# what else happens to an index -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["meanwhile", "afterwards"])
+async def test_forgetting_leaves_no_index_and_no_key(service: Service, owner: Owner, when: str) -> None:
+    await filled(service, owner)
+    await reweighed(service, owner)
+    if when == "meanwhile":
+        word = await begin(service, owner)
+        await reindex(service, owner, *range(COUNT // 2))
+    else:
+        assert await service.indexes.refresh(owner)
+    await service.writer.forget(owner)
+    if when == "meanwhile":
+        await reindex(service, owner, *range(COUNT))
+        assert await end(service, owner, word) == b"STALE"
+        assert await begin(service, owner) == b"GONE"
+    assert not await service.indexes.refresh(owner)
+    assert await indexes(service) == set()
+    assert await service.client.execute("KEYS", "*{alice}*") == []
+
+
+async def test_an_older_caller_forgets_a_refreshed_index_too(service: Service, owner: Owner) -> None:
+    """It names the indexes that it knows, and no key of what is derived."""
+    await filled(service, owner)
+    await reweighed(service, owner)
+    assert await service.indexes.refresh(owner)
+    await reweighed(service, owner)
+    made = owner.physical_index("embedding")
+    schema = index_schema(owner, "embedding", service.embedder.dim)
+    await service.functions.call("rm_refresh_begin_v1", [made, owner.meta], NOW_MS, 0, *schema)
+    assert await indexes(service) == {"embedding", "embedding:again"}
+    keys = [owner.index, owner.meta, owner.ids, owner.log, owner.turns]
+    known = [owner.physical_index(field) for field in ("embedding_next", "unheard_of")]
+    for done in (0, 1):
+        reply = await service.functions.call("rm_forget_v1", keys, owner.memory_prefix, 1000, *known)
+        assert reply[3] == done
+    assert await indexes(service) == set()
+    assert not {owner.meta, owner.ids} & {raw.decode() for raw in await service.client.execute("KEYS", "*")}
+
+
+async def test_a_refreshed_index_is_parked_and_comes_back(service: Service, owner: Owner) -> None:
+    once = await scores_of_one_write(service)
+    await filled(service, owner)
+    await reweighed(service, owner)
+    assert await service.indexes.refresh(owner)
+    assert await service.indexes.park(owner, FUTURE_S)
+    assert await indexes(service) == set()
+    assert await service.indexes.complete(owner, None)
+    assert len(await found_ids(service, owner)) == COUNT
+    assert await scores(service, owner) == once
+    assert await indexes(service) == {"embedding"}
+
+
+async def test_an_index_that_is_refreshed_is_not_parked(service: Service, owner: Owner) -> None:
+    await filled(service, owner)
+    await reweighed(service, owner)
+    word = await begin(service, owner)
+    assert not await service.indexes.park(owner, FUTURE_S)
+    await reindex(service, owner, *range(COUNT))
+    assert await end(service, owner, word) == b"OK"
+    assert await service.indexes.park(owner, FUTURE_S)
+
+
+async def test_a_refreshed_user_moves_to_another_embedder(service: Service, owner: Owner) -> None:
+    await filled(service, owner)
+    for embedder in (OtherEmbedder(dim=32), OtherEmbedder(dim=48)):
+        await reweighed(service, owner)
+        assert await service.indexes.refresh(owner)
+        await reembedder(service, embedder).move(owner)
+        assert await problems(service, owner, embedder) == []
+
+
+async def opened_again(service: Service, owner: Owner) -> None:
+    assert await service.indexes.open(owner)
+
+
+async def opened_by_a_model(service: Service, owner: Owner) -> None:
+    keys = [owner.index, owner.physical_index("embedding"), owner.meta]
+    schema = index_schema(owner, "embedding", service.embedder.dim)
+    head = NOW_MS, service.embedder.name, service.embedder.dim, "embedding"
+    assert await service.functions.call("rm_open_v1", keys, *head, *schema) == b"OK"
+
+
+async def examined(service: Service, owner: Owner) -> None:
+    findings = await examine(service.settings, repair=True)
+    assert [one.status for one in findings if one.name == "indexes"] == ["ok"]
+
+
+@pytest.mark.parametrize("act", [opened_again, opened_by_a_model, examined])
+@pytest.mark.parametrize("is_next_begun", [False, True])
+async def test_who_opens_a_user_again_keeps_the_refreshed_index(
+    service: Service, owner: Owner, act: Act, is_next_begun: bool
+) -> None:
+    await filled(service, owner)
+    await reweighed(service, owner)
+    assert await service.indexes.refresh(owner)
+    wanted = {"embedding:again"}
+    if is_next_begun:
+        made = owner.physical_index("embedding")
+        schema = index_schema(owner, "embedding", service.embedder.dim)
+        await service.functions.call("rm_refresh_begin_v1", [made, owner.meta], NOW_MS, 0, *schema)
+        wanted = {"embedding", "embedding:again"}
+    before = await scores(service, owner)
+    await act(service, owner)
+    assert await served(service, owner) == owner.physical_index("embedding", again=True)
+    assert await meta(service, owner, "index") == owner.physical_index("embedding", again=True)
+    assert (await scores(service, owner), await indexes(service)) == (before, wanted)
+
+
+async def test_the_doctor_repairs_a_lost_refreshed_index(service: Service, owner: Owner) -> None:
+    await filled(service, owner)
+    await reweighed(service, owner)
+    assert await service.indexes.refresh(owner)
+    await service.client.execute("FT.DROPINDEX", owner.index)
+    await examined(service, owner)
+    assert len(await found_ids(service, owner)) == COUNT
+    assert await indexes(service) == {"embedding"}
+
+
+async def test_a_graph_outlives_the_refresh(service: Service, owner: Owner) -> None:
+    await filled(service, owner)
+    assert await service.graphs.build(owner, "production")
+    graph = await meta(service, owner, "graph")
+    await reweighed(service, owner)
+    assert await service.indexes.refresh(owner)
+    assert (await meta(service, owner, "algorithm"), await meta(service, owner, "graph")) == ("HNSW", graph)
+    await check_in_step(service, owner)
+    reply = await service.search(owner, SearchRequest(text="amber", explain=True))
+    assert reply.plan is not None
+    assert reply.plan.index == "hnsw"
+    assert reply.memories
