@@ -28,7 +28,7 @@ READ_FIELDS = (
 )
 
 #: part of every cached search's digest: bumped when the same request may rank differently
-RANKING = 3
+RANKING = 4
 
 # stands in content hashes for an importance that nobody gave
 _UNSAID = 0.5

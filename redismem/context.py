@@ -95,7 +95,9 @@ class Contexts:
         if request.template is not None:
             check_template(request.template)
         began_s = time.perf_counter()
-        packer = Packer(self._count, max_tokens=request.max_tokens, template=request.template)
+        packer = Packer(
+            self._count, max_tokens=request.max_tokens, stages=request.stages, template=request.template
+        )
         ticket = self._sources.l1.open(owner.tag)
         work = Gathering(self._sources, owner, request)
         turn = Turn(owner, request, began_s, work, packer)

@@ -63,16 +63,22 @@ class Packer:
 
     Args:
         count_tokens: tokens of each text.
-        max_tokens: of all of it, the template included.
+        max_tokens: of all of it, the template included. Below the bound of the last stage those of all stages
+            shrink in proportion.
+        stages: the last one that is wanted.
         template: what the context is put into. A stage whose bound it exceeds alone stays empty.
 
     Raises:
         InvalidInput: the template is none (see `rendering.check_template`), or leaves no room.
     """
 
-    def __init__(self, count_tokens: _Count, *, max_tokens: int, template: str | None = None) -> None:
+    def __init__(
+        self, count_tokens: _Count, *, max_tokens: int, stages: int = 4, template: str | None = None
+    ) -> None:
         self._count = count_tokens
         self._max_tokens = max_tokens
+        #: how much of the usual budgets there is
+        self.scale = min(1.0, max_tokens / STAGE_TOKENS[stages])
         self._times = dict.fromkeys(STAGE_OF, 1)
         self._ended_tokens = 0
         if template is not None:
@@ -104,7 +110,7 @@ class Packer:
     def begin(self, stage: int) -> None:
         """Open a stage. What earlier ones left of their budgets it may use."""
         self._stage = stage
-        self._bound = min(STAGE_TOKENS[stage], self._max_tokens)
+        self._bound = min(int(STAGE_TOKENS[stage] * self.scale), self._max_tokens)
 
     def add_text(
         self,

@@ -118,7 +118,8 @@ class Turn:
     async def tell(self, part: Part, title: str, told: Derived | None, tokens: int) -> None:
         """Add a derived text, if it is wanted."""
         if told and told.text and self.wants(part):
-            self.packer.add_text(part, title, told.text, told.sources, "derived", most=tokens)
+            most = int(tokens * self.packer.scale)
+            self.packer.add_text(part, title, told.text, told.sources, "derived", most=most)
 
     async def show(
         self,
@@ -135,7 +136,8 @@ class Turn:
         if self.wants(part):
             said = (await self.opened()).said
             unsaid = [one for one in memories if one.id not in said]
-            self.packer.add_memories(part, title, unsaid, source, most=most, tokens=tokens, why=why)
+            bound = None if tokens is None else int(tokens * self.packer.scale)
+            self.packer.add_memories(part, title, unsaid, source, most=most, tokens=bound, why=why)
 
     async def show_more(self) -> None:
         """Fill what is left with further matches."""
@@ -159,11 +161,9 @@ async def first(turn: Turn) -> None:
     best = order([placed.memory for placed in opened.memories.values()], turn.now_s)
     pinned = [one for one in best if why.get(one.id) == "pinned"]
     rest = [one for one in best if one.id in why and one not in pinned]
-    rest += [
-        one
-        for one in best
-        if one.id in opened.important and one.id not in why and not is_on_demand(one, turn.now_s)
-    ]
+    if turn.request.stages == 1:  # a beginning; later ones have something to go by
+        important = [one for one in best if one.id in opened.important and one.id not in why]
+        rest += [one for one in important if not is_on_demand(one, turn.now_s)]
     for memories, most in ((pinned, None), (rest, UNASKED)):
         await turn.show("pinned", "Keep in mind", memories, turn.opening_from, most=most, why=why)
 

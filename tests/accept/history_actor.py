@@ -109,6 +109,8 @@ class Ground:
     numbers: Iterator[int] = field(default_factory=itertools.count)
     #: the newest generation that a client knows of each user
     generations: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    #: ids of each user that may be there, the latest written last
+    there: defaultdict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
 
 
 class Actor:
@@ -158,9 +160,20 @@ class Actor:
             outcome = "failed" if not reply.sent or 400 <= reply.status < 500 else "unknown"
         if outcome == "ok" and more.get("generation"):
             self._ground.generations[user] = max(self._ground.generations[user], more["generation"])
+        if outcome == "ok" and not more.get("returned"):
+            self._keep_there(operation, user, more.get("id", ""))
         note = {"client": self._number, "operation": operation, "user": user, "process": process}
         times = {"began": reply.began, "ended": reply.ended}
         self._ground.trace.events.append(Event(**{"outcome": outcome, **note, **times, **more}))
+
+    def _keep_there(self, operation: Operation, user: str, memory_id: str) -> None:
+        there = self._ground.there[user]
+        if operation == "forget":
+            there.clear()
+        elif operation in ("put", "say", "correct", "delete"):
+            there.pop(memory_id, None)
+            if operation != "delete":
+                there[memory_id] = None
 
     def _text(self, user: str, memory_id: str) -> str:
         words = self._rng.sample(WORDS, 2) + self._rng.choice([[], [self._rng.choice(NAMES)]])

@@ -155,6 +155,16 @@ class Cluster:
             strong_patch=takes("patch", one),
         )
 
+    async def context_counts(self) -> Counter[str]:
+        """Return what the processes that are there now count of their contexts, in all."""
+        counts, http = Counter[str](), HttpClient()
+        for port in self.ports:
+            counts.update(
+                msgspec.json.decode((await http.request(port, "GET", "/v1/stats")).body)["contexts"]
+            )
+        http.close()
+        return counts
+
     async def kill_process(self, slot: int) -> None:
         """Kill a process and start another in its place."""
         began = time.monotonic()

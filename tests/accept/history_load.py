@@ -31,16 +31,16 @@ MIX: Mix = {
 }
 #: the same where most is said and told
 TALK: Mix = {
-    "search": 5,
-    "get": 5,
-    "put": 12,
-    "patch": 7,
-    "delete": 12,
-    "correct": 5,
+    "search": 4,
+    "get": 3,
+    "put": 20,
+    "patch": 5,
+    "delete": 4,
+    "correct": 4,
     "forget": 0.2,
-    "context": 15,
-    "stream": 25,
-    "say": 13,
+    "context": 14,
+    "stream": 30,
+    "say": 15,
     "close": 0.8,
 }
 #: times a second that the users and ids change at which half of the operations meet

@@ -111,7 +111,7 @@ class Talker(Actor):
     async def _trouble(self, user: str) -> None:
         await asyncio.sleep(self._rng.random() * TROUBLE_S)
         operation = self._rng.choice(["delete", "delete", "delete", "correct"])
-        await self._other.do(operation, user, self._rng.choice(IDS + MESSAGES))
+        await self._other.do(operation, user, self._rng.choice(list(self._ground.there[user]) or IDS))
 
     async def _streamed(self, user: str) -> None:
         wish, told = self._wish(user)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import resource
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -21,10 +20,10 @@ pytestmark = pytest.mark.accept
 
 CONTEXT = f"{USER}/context"
 STREAMS = 1_000
-#: kB of resident memory that a stream may cost while all are open: measured 60 to 110
-STREAM_KB = 200
+#: kB that the process may grow by for each stream: measured 47 while all are open, 59 when all are done
+STREAM_KB = 150
 #: seconds for a thousand streams, and of an embedding: all must be open before the first one is made
-STREAMS_S, EMBED_S = 60, 12.0
+STREAMS_S, EMBED_S = 60, 20.0
 #: bytes and seconds of a slow reader
 SLOW_S, PAUSE_S = 2.0, 0.01
 
@@ -105,8 +104,8 @@ async def counted(running: Running) -> int:
 
 async def filled(running: Running, texts: list[str]) -> None:
     memories = [{"text": text} for text in texts]
-    reply = await running.http.post(f"{USER}/memories", json={"memories": memories})
-    assert reply.status_code == 201, reply.text
+    reply = await running.http.post(f"{USER}/memories?wait=false", json={"memories": memories})
+    assert reply.status_code == 202, reply.text
 
 
 async def answers(http: httpx.AsyncClient, seconds: float) -> list[float]:
@@ -138,9 +137,9 @@ async def test_a_slow_reader_slows_nobody_else(start: Start) -> None:
                 await asyncio.sleep(PAUSE_S)
         return read
 
-    *read, beside = await asyncio.gather(*(crawl() for _ in range(5)), answers(running.http, SLOW_S))
-    assert min(read) > 10
-    assert isinstance(beside, list)
+    crawling = asyncio.gather(*(crawl() for _ in range(5)))
+    beside = await answers(running.http, SLOW_S)
+    assert min(await crawling) > 10
     assert sorted(beside)[len(beside) // 2] < 5 * sorted(alone)[len(alone) // 2] + 0.02
     assert max(beside) < 1
 
@@ -178,10 +177,11 @@ async def test_a_client_that_leaves_before_its_json_leaves_no_error_in_the_log(s
 async def test_a_thousand_streams_are_open_at_once(start: Start) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    running = await start(embed_s=EMBED_S)
+    # all of them go on together: on few cores Redis seems slow to a process that has no time to listen
+    running = await start(embed_s=EMBED_S, redis_timeout_s=30)
     await filled(running, [f"honey number {i} of the summer" for i in range(60)])
     # what is allocated once
-    await asyncio.gather(*(running.http.post(CONTEXT, json={"text": f"warm {i}"}) for i in range(20)))
+    await asyncio.gather(*(running.http.post(CONTEXT, json={"stages": 1}) for _ in range(50)))
     before_kb, before, began_s = resident_kb(running.process.pid), await counted(running), time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
         readers = []
@@ -197,7 +197,6 @@ async def test_a_thousand_streams_are_open_at_once(start: Start) -> None:
     took_s, grown_kb = time.monotonic() - began_s, resident_kb(running.process.pid) - before_kb
     per_stream = [f"{kb / STREAMS:.0f} kB" for kb in (open_kb, grown_kb)]
     print(f"open in {open_s:.1f} s, done in {took_s:.1f} s; {per_stream}")
-    print(Counter((name, str(data)[:200]) for events in found for name, data in events if name == "error"))
     assert took_s < STREAMS_S
     for events in found:
         assert [name for name, _ in events] == EVENTS[1:]

@@ -24,7 +24,7 @@ from redismem.service import Service, open_service
 from redismem.settings import Settings
 from tests.conftest import until
 from tests.http.conftest import Gate, add, error_of, of_user
-from tests.http.test_context import CONTEXT, either, gate, http, remove, rich
+from tests.http.contexts import CONTEXT, either, gate, http, remove, rich
 from tests.http.test_derived import BEES
 
 assert either  # fixtures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -36,7 +36,7 @@ async def opened(http: httpx.AsyncClient, user: str = "alice", **session: object
     return reply.json()
 
 
-async def said(http: httpx.AsyncClient, *messages: dict[str, object], wait: bool = True) -> Any:
+async def said(http: httpx.AsyncClient, *messages: Mapping[str, object], wait: bool = True) -> Any:
     query = {"wait": str(wait).lower()}
     reply = await http.post(MESSAGES, json={"messages": messages}, params=query)
     assert reply.status_code == (201 if wait else 202), reply.text

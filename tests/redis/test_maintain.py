@@ -9,8 +9,9 @@ import pytest
 
 from redismem.keys import MAINTENANCE_LOCK, Owner
 from redismem.maintain import Maintenance
+from redismem.query import index_schema
 from redismem.service import Service
-from redismem.types import MemoryInput
+from redismem.types import MemoryInput, MemoryPatch
 
 
 @pytest.fixture
@@ -92,6 +93,57 @@ async def test_idle_users_are_parked_and_left_alone(
     assert first is not None
     assert second is not None
     assert (first.done, second.done, second.parked) == ({"park": 1}, {}, 1)
+
+
+async def reweighed(service: Service, owner: Owner, count: int) -> None:
+    for number in range(count):
+        await service.writer.update(owner, f"m{number}", MemoryPatch(importance=0.123))
+
+
+async def test_worn_indexes_are_made_anew_without_a_worker(
+    service: Service, maintenance: Maintenance, owner: Owner
+) -> None:
+    fresh = service.owner("fresh")
+    for one, changed in ((owner, 20), (fresh, 10)):
+        await stored(service, one, 20)
+        await reweighed(service, one, changed)
+    first, second = await maintenance.round(), await maintenance.round()
+    assert first is not None
+    assert second is not None
+    assert (first.done, second.done, first.errors) == ({"refresh": 1}, {}, 0)
+    wanted = {owner.physical_index("embedding", again=True), fresh.physical_index("embedding")}
+    assert {raw.decode() for raw in await service.client.execute("FT._LIST")} == wanted
+
+
+async def test_a_graph_comes_before_the_worn_index_beside_it(
+    service: Service, maintenance: Maintenance, owner: Owner
+) -> None:
+    await stored(service, owner, 120)
+    await reweighed(service, owner, 30)
+    first, second, third = [await maintenance.round() for _ in range(3)]
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert (first.done, second.done, third.done) == ({"promote": 1}, {"refresh": 1}, {})
+    assert await algorithm(service, owner) == b"HNSW"
+
+
+async def test_a_refresh_under_way_is_left_to_who_began_it(
+    service: Service, maintenance: Maintenance, owner: Owner
+) -> None:
+    await stored(service, owner, 20)
+    await reweighed(service, owner, 20)
+    made = owner.physical_index("embedding", again=True)
+    schema = index_schema(owner, "embedding", service.embedder.dim, again=True)
+    call = service.functions.call
+    word = await call("rm_refresh_begin_v1", [made, owner.meta], int(time.time() * 1000), 0, *schema)
+    report = await maintenance.round()
+    assert report is not None
+    assert (report.done, report.errors) == ({}, 0)
+    assert await call("rm_refresh_end_v1", [owner.index, made, owner.meta], word) == b"SHORT"
+    report = await maintenance.round()
+    assert report is not None
+    assert report.done == {"refresh": 1}
 
 
 async def test_one_process_at_a_time(service: Service, maintenance: Maintenance, owner: Owner) -> None:

@@ -1,4 +1,4 @@
-"""A worn index is made anew beside the one that serves: the scores of memories written once, and no search misses any.
+"""What a refreshed index scores, and what else may happen to it.
 
 RediSearch 2.10 counts the words of old versions on, so two users with the same memories rank them otherwise.
 """
@@ -8,22 +8,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from redismem import index
 from redismem.doctor import examine
 from redismem.embedded import EmbeddedRedis
-from redismem.filters import Filters
 from redismem.keys import WEIGHTS, Owner
-from redismem.material import digest
 from redismem.query import index_schema
 from redismem.service import Service, open_service
 from redismem.settings import Settings
-from redismem.types import CorrectionRequest, MemoryInput, MemoryPatch, SearchRequest
+from redismem.types import MemoryInput, MemoryPatch, SearchRequest
 from redismem.worker.rounds import decay
 from redismem.worker.tools import Tools
 from redismem.worker.topics import topics
@@ -169,12 +165,12 @@ async def test_a_refreshed_index_scores_as_one_written_once(
     assert await indexes(service) == {"embedding:again"}
 
 
-@pytest.mark.parametrize("kind", ["topics", "decay", "link"])
+@pytest.mark.parametrize("kind", ["topics", "decay", "link", "embed"])
 async def test_the_worker_leaves_no_worn_index(service: Service, owner: Owner, kind: str) -> None:
     once = await scores_of_one_write(service)
     await filled(service, owner)
     await service.client.execute("HSET", WEIGHTS, "*", "[0.5]")
-    if kind == "link":  # it finds what another job left
+    if kind in ("link", "embed"):  # they find what another job left
         await reweighed(service, owner)
     await another(service).make(owner, kind)
     assert await served(service, owner) == owner.physical_index("embedding", again=True)
@@ -228,106 +224,7 @@ async def test_a_restart_keeps_the_refreshed_scores(until: Until, log: str) -> N
             assert len(await found_ids(service, owner)) == COUNT
 
 
-# while it is made --------------------------------------------------------------------------------
-
-
-async def test_no_search_misses_a_memory_meanwhile(
-    service: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between any two calls of a refresh a memory comes, one goes, one changes, and all are found."""
-    await filled(service, owner)
-    await reweighed(service, owner)
-    monkeypatch.setattr(index, "_SLICE", 8)
-    wanted, steps, call, is_mine = {f"m{i}" for i in range(COUNT)}, [], service.functions.call, False
-
-    async def act(step: int) -> None:
-        await service.writer.put(owner, [MemoryInput(id=f"new{step}", text="zebra new")])
-        await service.client.execute("HSET", owner.memory(f"hand{step}"), "text", "zebra by hand")
-        await service.writer.delete(owner, f"m{3 * step}")
-        await service.writer.delete(owner, f"m{39 - step}")
-        await service.writer.update(owner, f"m{3 * step + 1}", MemoryPatch(text=f"zebra changed {step}"))
-        wanted.update((f"new{step}", f"hand{step}"))
-        wanted.difference_update((f"m{3 * step}", f"m{39 - step}"))
-
-    async def between(name: str, *args: Any, **options: Any) -> Any:
-        nonlocal is_mine
-        reply = await call(name, *args, **options)
-        if name.startswith(("rm_refresh", "rm_reindex")) and not is_mine:
-            is_mine = True
-            await act(len(steps))
-            steps.append(name)
-            assert await found_ids(service, owner) == wanted
-            is_mine = False
-        return reply
-
-    monkeypatch.setattr(type(service.functions), "call", staticmethod(between))
-    assert await service.indexes.refresh(owner)
-    monkeypatch.undo()
-    assert (steps[0], steps[-1], len(steps)) == ("rm_refresh_begin_v1", "rm_refresh_end_v1", 7)
-    assert await found_ids(service, owner) == wanted
-    assert await service.backfill.drained(10)
-    assert await indexes(service) == {"embedding:again"}
-
-
-async def test_memories_of_other_services_stay(service: Service, owner: Owner) -> None:
-    await filled(service, owner)
-    for number in range(3):
-        await service.client.execute("HSET", owner.memory(f"hand{number}"), "text", "zebra by hand")
-    before = await found_ids(service, owner)
-    assert len(before) == COUNT + 3
-    await reweighed(service, owner)
-    assert await service.indexes.refresh(owner)
-    assert await found_ids(service, owner) == before
-    assert await service.client.execute("ZCARD", owner.ids) == COUNT + 3
-
-
-async def test_a_short_index_is_thrown_away(service: Service, owner: Owner) -> None:
-    await filled(service, owner)
-    await reweighed(service, owner)
-    word = await begin(service, owner)
-    await reindex(service, owner, *range(COUNT - 1))
-    assert await indexes(service) == {"embedding", "embedding:again"}
-    assert await end(service, owner, word) == b"SHORT"
-    assert await indexes(service) == {"embedding"}
-    assert (await meta(service, owner, "index_next"), await counted(service, owner)) == (None, COUNT)
-    assert len(await found_ids(service, owner)) == COUNT
-    assert await service.indexes.refresh(owner)
-
-
-async def test_of_two_only_the_second_ends_once_the_first_is_given_up(service: Service, owner: Owner) -> None:
-    await filled(service, owner)
-    await reweighed(service, owner)
-    first = await begin(service, owner)
-    assert await begin(service, owner, NOW_MS + PATIENCE_MS - 1) == b"BUSY"
-    second = await begin(service, owner, NOW_MS + PATIENCE_MS)
-    assert second not in (b"BUSY", first)
-    await reindex(service, owner, *range(COUNT))
-    assert await end(service, owner, first) == b"STALE"
-    assert await indexes(service) == {"embedding", "embedding:again"}
-    assert await end(service, owner, second) == b"OK"
-    assert await end(service, owner, second) == b"STALE"
-    assert await indexes(service) == {"embedding:again"}
-    assert len(await found_ids(service, owner)) == COUNT
-
-
-async def test_a_refresh_waits_for_what_is_under_way(service: Service, owner: Owner) -> None:
-    await filled(service, owner)
-    await reweighed(service, owner)
-    for name, value in (("next_embedder", "x"), ("index_state", "filling:1"), ("index_state", "cold")):
-        await service.client.execute("HSET", owner.meta, name, value)
-        assert await begin(service, owner) == b"BUSY"
-        assert not await service.indexes.refresh(owner)
-        await service.client.execute("HDEL", owner.meta, name)
-    assert await indexes(service) == {"embedding"}
-    word = await begin(service, owner)
-    assert not await service.indexes.refresh(owner)
-    await reindex(service, owner, *range(COUNT))
-    await service.client.execute("HSET", owner.meta, "next_embedder", "x")
-    assert await end(service, owner, word) == b"STALE"
-    assert await indexes(service) == {"embedding"}
-
-
-# what else happens to an index -------------------------------------------------------------------
+# what else happens to it -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["meanwhile", "afterwards"])
@@ -437,11 +334,18 @@ async def test_who_opens_a_user_again_keeps_the_refreshed_index(
     assert (await scores(service, owner), await indexes(service)) == (before, wanted)
 
 
-async def test_the_doctor_repairs_a_lost_refreshed_index(service: Service, owner: Owner) -> None:
+@pytest.mark.parametrize("is_there", [False, True])
+async def test_the_doctor_repairs_a_lost_or_empty_refreshed_index(
+    service: Service, owner: Owner, is_there: bool
+) -> None:
     await filled(service, owner)
     await reweighed(service, owner)
     assert await service.indexes.refresh(owner)
     await service.client.execute("FT.DROPINDEX", owner.index)
+    if is_there:
+        schema = index_schema(owner, "embedding", service.embedder.dim, again=True)
+        await service.client.execute("FT.CREATE", *schema)
+        await service.client.execute("FT.ALIASADD", owner.index, schema[0])
     await examined(service, owner)
     assert len(await found_ids(service, owner)) == COUNT
     assert await indexes(service) == {"embedding"}

@@ -34,6 +34,17 @@ SETTINGS = Settings(hnsw_threshold=1000, idle_index_days=7)
         ("park", {"memories": 10, "used_s": NOW_S - 8 * DAY_S}),
         (None, {"memories": 10, "used_s": NOW_S - 6 * DAY_S}),
         (None, {"memories": 10, "index_state": "cold", "used_s": 0.0}),
+        (None, {"memories": 100, "reindexed": 18}),
+        ("refresh", {"memories": 100, "reindexed": 19}),
+        (None, {"memories": 0, "reindexed": 8}),
+        ("refresh", {"memories": 0, "reindexed": 9}),
+        ("refresh", {"memories": 2000, "has_graph": True, "reindexed": 2000}),
+        ("complete", {"memories": 100, "index_state": "filling:1", "reindexed": 100}),
+        (None, {"memories": 100, "index_state": "cold", "reindexed": 100}),
+        (None, {"memories": 100, "is_moving": True, "reindexed": 100}),
+        ("promote", {"memories": 2000, "reindexed": 2000}),
+        ("demote", {"memories": 100, "has_graph": True, "reindexed": 100}),
+        ("park", {"memories": 100, "reindexed": 100, "used_s": NOW_S - 8 * DAY_S}),
     ],
 )
 def test_what_is_due(action: Action | None, facts: dict[str, Any]) -> None:
