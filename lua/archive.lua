@@ -1,5 +1,5 @@
 #!lua name=redismem_archive
--- Version: 1
+-- Version: 2
 -- Moves one owner's memories between Redis and the archive's files: out once a verified file holds them, and back.
 --
 -- Functions (KEYS -> ARGV -> reply); written: meta ids log turns searches hot hits graph0 graph1 archived
@@ -192,6 +192,8 @@ local function take_out(ctx, record, number)
   if is_pinned(record.values.pinned) then return 'PINNED' end
   if not is_same(key, record) then return 'CHANGED' end
   redis.call('DEL', key)
+  -- an index keeps counting it: see rm_refresh_begin in lua/maintain.lua
+  redis.call('HINCRBY', ctx.meta, 'reindexed', 1)
   if #graphs(ctx) > 0 then
     drop_from_graphs(ctx, record.id)
     ctx.drops = ctx.drops + 1

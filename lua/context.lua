@@ -8,25 +8,25 @@
 --                    -> generation, session, last, topics, important ids (JSON), newest ids, said ids, memories.
 --                    session: fields …, empty where there is none. last: id last_at summary sources shown (JSON both) of
 --                    the newest other session with a message after last_after_s, preferably one that has a summary.
---                    topics: number words (JSON) summary sources of each active topic of the session. important: those
---                    of the profile. said: the session's last messages. memories: id, fields of those that the others
---                    (but said) name and that were not superseded
+--                    topics: number words witnesses (JSON both) summary sources of each active topic of the session.
+--                    important: those of the profile. said: the session's last messages. memories: id, fields of those
+--                    that the others (but said) name and that were not superseded
 --   rm_around_ro_v1  turns similar | prefix fields (parted by blanks), ids …
---                    -> (turns near related cosines) an id, then memories as above. near: ids of the two turns
---                    before and after it in its session; related: ids of its nearest memories, with cosines
+--                    -> (near related) an id, then memories as above. near: ids of the two turns before and after
+--                    it in its session; related: ids of its nearest memories
 --   rm_near_topics_ro_v1  meta centroids | embedder cluster_prefix count vector32 -> (number cosine reach) …, nearest first; none on
 --                    a server without vector sets
 --
 -- Complexity: O(memories named): about 5 us each. Storage: see lua/session.lua, lua/derive.lua, lua/write.lua.
 -- Derived keys: prefix .. id, summary_prefix .. name, session_prefix .. id, cluster_prefix .. number.
--- Limits: 5 sessions looked at for the last one, 200 memories a call, 8 active topics, 20 messages said.
+-- Limits: 6 sessions looked at for the last one, 300 memories a call, 8 active topics, 20 messages said.
 
-local SESSIONS = 5
-local MEMORIES = 200
+local SESSIONS = 6
+local MEMORIES = 300
 local TOPICS = 8
 local SAID = 20
--- pins, shown and loaded memories of a session that are read
-local NAMED = 60
+-- pins and other memories of a session that are read
+local PINS, NAMED = 100, 60
 
 -- part: check
 -- part: derived
@@ -63,7 +63,7 @@ end
 -- the last other session, and what its summary says
 local function last_session(keys, args)
   local sessions, own, after_s, found = keys[4], args[5], tonumber(args[7]) or math.huge, nil
-  local rows = redis.pcall('ZREVRANGE', sessions, 0, SESSIONS, 'WITHSCORES')
+  local rows = redis.pcall('ZREVRANGE', sessions, 0, SESSIONS - 1, 'WITHSCORES')
   for i = 1, rows.err and 0 or #rows, 2 do
     local id, at_s = rows[i], tonumber(rows[i + 1])
     if id ~= own and at_s > after_s then
@@ -72,7 +72,8 @@ local function last_session(keys, args)
       local shown = redis.pcall('HGET', args[3] .. id, 'shown')
       local row = { id, rows[i + 1], told.text or '', told.sources or '[]', type(shown) == 'string' and shown or '[]' }
       if told.text then return row end
-      found = found or row
+      -- one in which nothing was said hides none
+      if redis.pcall('HGET', args[3] .. id, 'messages') ~= '0' then found = found or row end
     end
   end
   return found or {}
@@ -83,10 +84,12 @@ local function topics_of(args, session)
   for i, number in ipairs(decoded(session.active_topics)) do
     if i > TOPICS then break end
     if type(number) == 'string' and string.match(number, '^%d+$') then
-      local words, told = label_words(prefix, args[4] .. number), fields_of(args[2] .. 'topic:' .. number)
+      local words, witnesses = label_words(prefix, args[4] .. number)
+      local told = fields_of(args[2] .. 'topic:' .. number)
       if not is_true(prefix, told.sources, told.digests) then told = {} end
       if #words > 0 then
-        for _, item in ipairs({ number, cjson.encode(words), told.text or '', told.sources or '[]' }) do
+        local row = { number, cjson.encode(words), cjson.encode(witnesses), told.text or '', told.sources or '[]' }
+        for _, item in ipairs(row) do
           flat[#flat + 1] = item
         end
       end
@@ -102,11 +105,13 @@ local function beside(turns, id)
 end
 
 -- ids of the last turns of a session, newest first
-local function said_in(turns, session)
+local function said_in(turns, prefix, session)
   local tail, found = session ~= '' and redis.pcall('HGET', turns, 't' .. session), {}
   local id = string.match(type(tail) == 'string' and tail or '', '^([^\31]*)\31')
-  while id and id ~= '' and #found < SAID do
-    found[#found + 1] = id
+  for _ = 1, 4 * SAID do
+    if not id or id == '' or #found == SAID then break end
+    -- what else was stored in the session was not said
+    if redis.pcall('HGET', prefix .. id, 'memory_type') == 'message' then found[#found + 1] = id end
     id = beside(turns, id)
   end
   return found
@@ -121,15 +126,16 @@ local function open(keys, args)
   if type(important) ~= 'string' then important = '[]' end
   local session = args[5] ~= '' and fields_of(keys[5]) or {}
   local last = last_session(keys, args)
-  take(decoded(session.pins), NAMED)
+  take(decoded(session.pins), PINS)
   take(decoded(session.loaded), NAMED)
   take(decoded(important), NAMED)
   take(decoded(last[5]), NAMED)
   take(decoded(last[4]), NAMED)
   local newest = newest_count > 0 and redis.pcall('ZREVRANGE', keys[3], 0, newest_count - 1) or {}
+  if newest.err then newest = {} end
   take(newest, newest_count)
   return { redis.call('HGET', keys[1], 'generation') or '0', flat_of(session), last, topics_of(args, session),
-    important, newest, said_in(keys[6], args[5]), memories }
+    important, newest, said_in(keys[6], prefix, args[5]), memories }
 end
 
 -- up to two turns before and after one, nearest first
@@ -154,14 +160,14 @@ local function around(keys, args)
   local memories, take = collector(prefix, split(args[2]))
   local reply = {}
   for i = 3, math.min(#args, 2 + MEMORIES) do
-    local close, related, cosines = near(turns, args[i]), {}, {}
+    local close, related = near(turns, args[i]), {}
     for _, edge in ipairs(items_in(similar, 'o' .. args[i])) do
-      local other, cosine = string.match(edge, '^(.*)\30(.*)$')
-      if other then related[#related + 1], cosines[#cosines + 1] = other, cosine end
+      local other = string.match(edge, '^(.*)\30')
+      if other then related[#related + 1] = other end
     end
     take(close, NAMED)
     take(related, NAMED)
-    reply[#reply + 1], reply[#reply + 2], reply[#reply + 3] = close, related, cosines
+    reply[#reply + 1], reply[#reply + 2] = close, related
   end
   reply[#reply + 1] = memories
   return reply

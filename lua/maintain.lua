@@ -11,8 +11,9 @@
 --                  (rm_reindex). RediSearch 2.10 counts a version of a memory that was indexed anew on: in the
 --                  average length for good, in the number of memories with a word until its garbage collector comes, which
 --                  waits for 100 of them and 30 s. Frequent words then weigh less than nothing
---   rm_refresh_end_v1    alias index meta | word -> STALE | SHORT | OK: searches use it, the old one goes.
---                  STALE: it was begun again, or another index serves; SHORT: it has fewer memories than the old one
+--   rm_refresh_end_v1    alias index meta searches | word counted -> STALE | SHORT | OK: searches use it, the old one
+--                  and what is cached of it go. STALE: it was begun again, or is not what serves; SHORT: it has fewer memories
+--                  than the old one. counted: `reindexed` of meta before it was begun
 --   rm_begin_v1    index meta | embedder restart(0/1), FT.CREATE arguments …
 --                  -> GONE | STARTED | RESUMED: an index for the vectors of the next embedder
 --   rm_stage_v1    meta turns | prefix embedder dim field, (id content_hash prev_id prev_hash vector) …
@@ -59,7 +60,7 @@ local function reindex(keys, args)
   local count = 0
   for i = 2, #args do
     local key = args[1] .. args[i]
-    if is_record(key) then
+    if redis.call('TYPE', key).ok == 'hash' then
       redis.call('HSET', key, 'pk', args[i])
       count = count + 1
     end
@@ -67,18 +68,21 @@ local function reindex(keys, args)
   return count
 end
 
--- another index must not be made while one is: for a new embedder, after it was parked, or to be refreshed
-local function is_settled(raw)
-  return raw[1] and not raw[2] and not raw[3]
+-- another index must not be made while one is, for a new embedder or after it was parked; and it must be of the vectors
+-- that serve
+local function is_settled(index, raw)
+  local name = ':flat:' .. (raw[5] or '')
+  local is_of_field = string.sub(index, -#name) == name or string.sub(index, -#name - 6) == name .. ':again'
+  return raw[1] and raw[1] ~= index and is_of_field and not raw[2] and not raw[3]
 end
 
 local function refresh_begin(keys, args)
   local index, meta, now_ms, patience_ms = keys[1], keys[2], whole(args[1], 1, 1e14), whole(args[2], 0, 1e9)
   if not (meta and patience_ms and args[3]) then return misuse('rm_refresh_begin index meta | now_ms patience_ms, …') end
-  local raw = redis.call('HMGET', meta, 'index', 'next_embedder', 'index_state', 'index_next')
+  local raw = redis.call('HMGET', meta, 'index', 'next_embedder', 'index_state', 'index_next', 'vector_field')
   if not raw[1] then return 'GONE' end
   local begun_ms = tonumber(string.match(raw[4] or '', ' (%d+)$') or '') or 0
-  if not is_settled(raw) or raw[1] == index or begun_ms > now_ms - patience_ms then return 'BUSY' end
+  if not is_settled(index, raw) or begun_ms > now_ms - patience_ms then return 'BUSY' end
   redis.pcall('FT.DROPINDEX', index)
   local made = redis.pcall('FT.CREATE', unpack(args, 3))
   if made.err then return made end
@@ -93,21 +97,23 @@ local function held(index)
 end
 
 local function refresh_end(keys, args)
-  local alias, index, meta = keys[1], keys[2], keys[3]
-  if not (meta and args[1]) then return misuse('rm_refresh_end alias index meta | word') end
-  local raw = redis.call('HMGET', meta, 'index', 'next_embedder', 'index_state', 'index_next')
-  if raw[4] ~= args[1] then
-    return 'STALE'
-  elseif not is_settled(raw) or held(index) < held(raw[1]) then
+  local alias, index, meta, counted = keys[1], keys[2], keys[3], whole(args[2], 0, 2 ^ 53)
+  if not (keys[4] and counted) then return misuse('rm_refresh_end alias index meta searches | word counted') end
+  local raw = redis.call('HMGET', meta, 'index', 'next_embedder', 'index_state', 'index_next', 'vector_field', 'reindexed')
+  if raw[4] ~= args[1] or raw[1] == index then return 'STALE' end
+  local settled = is_settled(index, raw)
+  if not settled or held(index) < held(raw[1]) then
     redis.pcall('FT.DROPINDEX', index)
     redis.call('HDEL', meta, 'index_next')
-    return is_settled(raw) and 'SHORT' or 'STALE'
+    return settled and 'SHORT' or 'STALE'
   end
   local named = redis.pcall('FT.ALIASUPDATE', alias, index)
   if named.err then return named end
-  redis.call('HSET', meta, 'index', index, 'reindexed', 0)
+  local since = math.max(0, (tonumber(raw[6] or '') or 0) - counted)
+  redis.call('HSET', meta, 'index', index, 'reindexed', string.format('%.0f', since))
   redis.call('HDEL', meta, 'index_next')
   redis.pcall('FT.DROPINDEX', raw[1])
+  redis.call('UNLINK', keys[4])
   return 'OK'
 end
 
@@ -166,7 +172,7 @@ local function switch(keys, args)
     'algorithm', 'FLAT')
   -- the graph is of the old vectors, and the new index is complete; keys of graphs go with the next round of
   -- maintenance
-  redis.call('HDEL', meta, 'graph', 'graph_next', 'graph_writes', 'index_state')
+  redis.call('HDEL', meta, 'graph', 'graph_next', 'graph_writes', 'index_state', 'reindexed')
   redis.call('HINCRBY', meta, 'generation', 1)
   return 'OK'
 end
@@ -190,6 +196,8 @@ local function settle(keys, args)
       count = count + 1
     end
   end
+  -- they were indexed anew
+  if count > 0 then redis.call('HINCRBY', meta, 'reindexed', count) end
   return count
 end
 

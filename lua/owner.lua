@@ -1,5 +1,5 @@
 #!lua name=redismem_owner
--- Version: 3
+-- Version: 4
 -- Makes, parks and removes what one owner has as a whole: the exact index, its alias, every key.
 --
 -- Functions (KEYS -> ARGV -> reply)
@@ -28,7 +28,9 @@ local function open(keys, args)
   local wrong = wrong_type(meta, 'hash') or ids and wrong_type(ids, 'zset')
   if wrong then return wrong end
   -- a refreshed index has another name
-  local serving = redis.call('HGET', meta, 'index')
+  local serving, following = unpack(redis.call('HMGET', meta, 'index', 'index_next'))
+  -- one that is being made beside it does not hold everything yet
+  local is_half = following and string.match(following, '^(.*) %d+$') == index
   local is_refreshed = serving == index .. ':again' and redis.pcall('FT.INFO', serving).err == nil
   if is_refreshed then index = serving end
   local made = is_refreshed and { err = 'already exists' } or redis.pcall('FT.CREATE', unpack(args, 5))
@@ -40,7 +42,8 @@ local function open(keys, args)
   redis.call('HSET', meta, 'index', index, 'vector_field', field, 'embedder', embedder, 'dim', dim)
   redis.call('HSETNX', meta, 'algorithm', 'FLAT')
   local state = redis.call('HGET', meta, 'index_state')
-  if state == 'cold' or not made.err and (state or ids and redis.call('ZCARD', ids) > 0) then
+  if is_half and not is_refreshed then redis.call('HDEL', meta, 'index_next') end
+  if state == 'cold' or is_half and not is_refreshed or not made.err and (state or ids and redis.call('ZCARD', ids) > 0) then
     state = 'filling:' .. redis.call('HINCRBY', meta, 'fills', 1)
     redis.call('HSET', meta, 'index_state', state)
   end
@@ -50,7 +53,7 @@ end
 local function filled(keys, args)
   if not (keys[1] and args[1]) then return misuse('rm_filled meta | filling:<n>') end
   if redis.call('HGET', keys[1], 'index_state') ~= args[1] then return 'STALE' end
-  redis.call('HDEL', keys[1], 'index_state')
+  redis.call('HDEL', keys[1], 'index_state', 'reindexed')
   return 'OK'
 end
 
@@ -61,7 +64,12 @@ local function chill(keys, args)
     'index_next')
   if not raw[1] then return 'GONE' end
   local used_s = math.max(tonumber(raw[4] or '') or 0, tonumber(raw[5] or '') or 0)
-  if raw[2] or raw[3] or raw[6] or used_s >= idle_before_s then return 'BUSY' end
+  local following, begun_ms = string.match(raw[6] or '', '^(.*) (%d+)$')
+  local is_followed = following and tonumber(begun_ms) >= idle_before_s * 1000
+  if raw[2] or raw[3] or is_followed or used_s >= idle_before_s then return 'BUSY' end
+  -- whoever made one beside it died
+  if following then redis.pcall('FT.DROPINDEX', following) end
+  redis.call('HDEL', meta, 'index_next')
   local dropped = redis.pcall('FT.DROPINDEX', raw[1])
   if dropped.err and redis.pcall('FT.INFO', raw[1]).err == nil then return dropped end
   redis.call('UNLINK', keys[2], keys[3])
@@ -103,7 +111,7 @@ local function forget(keys, args)
   for _, id in ipairs(victims) do memories = memories + redis.call('DEL', prefix .. id) end
   if #victims > 0 then
     redis.call('ZREM', ids, unpack(victims))
-    return { 'OK', memories, 0, 0 }
+    return { 'OK', memories, derived, 0 }
   end
 
   -- refreshed ones have names of their own

@@ -381,6 +381,7 @@ local function delete(keys, args)
     local archived = ctx.archived and redis.call('ZREM', ctx.archived, id) or 0
     if redis.call('DEL', ctx.prefix .. id) + archived > 0 then
       outcomes[i] = 'DELETED'
+      note_reindexed(ctx.meta, 1)
       log(ctx, 'deleted', id, bump(ctx))
     end
     redis.call('ZREM', ctx.ids, id)

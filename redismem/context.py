@@ -1,8 +1,7 @@
 """Assembles the context of a conversation in stages, each as soon as it is there.
 
 A stage is compared with what changed since the request began in the moment in which it is handed over: no
-stage shows what was deleted or corrected before, although it may have been read earlier. While the lease of
-`Coherence` holds, the owner's ticket in L1 tells what changed; else everything is read once more.
+stage shows what was deleted or corrected before, although it may have been read earlier (watch.py).
 """
 
 from __future__ import annotations
@@ -10,24 +9,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from msgspec.structs import replace
+
 from redismem.browse import Browser
-from redismem.conversation import ContextReply, ContextRequest, Stage
+from redismem.conversation import Block, ContextReply, ContextRequest, Stage
 from redismem.embed import Embedder
-from redismem.errors import RedisMemError
-from redismem.gathering import Gathering, Sources
+from redismem.errors import RedisMemError, Unavailable
+from redismem.gathering import EntityContext, Gathering, Sources
 from redismem.keys import PROFILE_ID, Owner
-from redismem.l1 import Ticket
+from redismem.opening import Opening
 from redismem.packing import Packer
 from redismem.prefetch import Prefetcher
-from redismem.rendering import check_template, templated
+from redismem.rendering import rendered, templated
+from redismem.sessions import Loaded
 from redismem.stages import STAGES, Turn
 from redismem.tokens import TokenCounts
 from redismem.touches import Touches
-from redismem.types import Memory, SearchReply
+from redismem.types import Hit, SearchReply
+from redismem.watch import Watch
 
 #: how often what changed during the comparison is read again, before it is left out
 _MOST_READS = 3
@@ -46,40 +49,42 @@ class Contexts:
         browser: Browser,
         touches: Touches,
         prefetcher: Prefetcher,
-        *,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._sources = sources
         self._browser = browser
         self._touches = touches
         self._prefetcher = prefetcher
         self._count = TokenCounts(embedder)
-        self._clock = clock
         self._background: set[asyncio.Task[None]] = set()
         self._late = 0
         self.counts: Counter[str] = Counter()
 
     async def whole(self, owner: Owner, request: ContextRequest) -> ContextReply:
         """Return a context in one piece; see `stages`."""
-        *stages, reply = [part async for part in self.stages(owner, request)]
+        *_, reply = [part async for part in self.stages(owner, request)]
         assert isinstance(reply, ContextReply)
-        reply.stages = [stage for stage in stages if isinstance(stage, Stage)]
         return reply
 
     async def batch(self, owner: Owner, requests: Sequence[ContextRequest]) -> list[ContextReply]:
         """Return one context a request, in order; their texts are embedded together.
 
         Raises:
-            as `stages`: the first that fails fails all.
+            as `stages`; the first that fails fails all.
         """
-        async with asyncio.TaskGroup() as tasks:
-            made = [tasks.create_task(self.whole(owner, request)) for request in requests]
-        return [task.result() for task in made]
+        texts = [request.text for request in requests if request.text is not None and request.stages > 1]
+        tasks = [asyncio.create_task(self.whole(owner, request)) for request in requests]
+        try:
+            with suppress(Unavailable):  # each falls back to words by itself
+                await self._sources.vectors.made(list(dict.fromkeys(texts)))
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def stages(
         self, owner: Owner, request: ContextRequest
     ) -> AsyncGenerator[Stage | ContextReply, None]:
-        """Yield the stages one by one, then the reply without them.
+        """Yield the stages one by one, then the reply: all of them as they are by then.
 
         Whoever stops early ends the work. What is late at the end of `max_ms` goes on, and is there for the
         next turn of the session.
@@ -90,123 +95,129 @@ class Contexts:
             RedisUnavailable: Redis cannot answer now.
 
         Cost: stage 1 one round trip, or none where L1 has it; stage 2 and 3 an embedding and one round trip
-        beside it, none for what was just asked; stage 4 one more.
+        beside it, none for what was just asked; stage 4 one more. Without a lease one more a stage.
         """
-        if request.template is not None:
-            check_template(request.template)
         began_s = time.perf_counter()
         packer = Packer(
             self._count, max_tokens=request.max_tokens, stages=request.stages, template=request.template
         )
-        ticket = self._sources.l1.open(owner.tag)
+        watch = Watch(self._sources.l1, self._sources.coherence, self._browser, owner)
         work = Gathering(self._sources, owner, request)
         turn = Turn(owner, request, began_s, work, packer)
         stages: list[Stage] = []
         try:
             for number, fill in enumerate(STAGES[: request.stages], 1):
                 turn.begin(number)
-                stages.append(await self._stage(turn, ticket, fill))
-                yield stages[-1]
-            self._finish(turn)
-            text = "\n\n".join(stage.text for stage in stages if stage.text)
-            assert turn.opening is not None
+                await fill(turn)
+                at_ms = await self._made_true(turn, watch)
+                self.counts["stages"] += 1
+                self.counts["partial stages"] += turn.reason is not None
+                stages.append(packer.end(round(at_ms, 3), skipped=turn.skipped, reason=turn.reason))
+                yield _shown(stages[-1])
+            opened = await turn.opened()
+            self._finish(turn, opened)
+            stages = await self._as_of_now(turn, watch, stages)
+            template, blocks = request.template, [block for stage in stages for block in stage.blocks]
             yield ContextReply(
-                text=text if request.template is None else templated(request.template, stages),
+                text=rendered(blocks) if template is None else templated(template, stages),
+                stages=[_shown(stage) for stage in stages],
                 tokens=packer.tokens_used,
-                generation=turn.opening.generation,
+                generation=opened.generation,
                 partial=turn.is_partial,
                 entities=turn.entities,
                 total_ms=round(turn.elapsed_ms(), 3),
                 timing=work.took_ms,
             )
         finally:
-            self._sources.l1.close(ticket)
+            watch.close()
             work.cancel()
 
-    async def _stage(self, turn: Turn, ticket: Ticket, fill: Callable[[Turn], Awaitable[None]]) -> Stage:
-        at_ms = turn.elapsed_ms()
-        is_watched = self._sources.coherence.is_live()
-        if not is_watched and turn.opening is not None:
-            turn.work.renew()
-            turn.opening = None
-        await fill(turn)
-        at_ms = await self._made_true(turn, ticket, at_ms, is_watched=is_watched)
-        self.counts["stages"] += 1
-        self.counts["partial stages"] += turn.reason is not None
-        return turn.packer.end(round(at_ms, 3), skipped=turn.skipped, reason=turn.reason)
+    # coherence ------------------------------------------------------------------------------------
 
-    async def _made_true(self, turn: Turn, ticket: Ticket, began_ms: float, *, is_watched: bool) -> float:
-        """Compare the open stage with what changed; return the milliseconds at which that began.
+    async def _made_true(self, turn: Turn, watch: Watch) -> float:
+        """Bring the open stage up to date; return the milliseconds at which that began."""
+        packer = turn.packer
+        for _ in range(_MOST_READS):
+            at_ms = turn.elapsed_ms()
+            if not watch.is_sure():
+                now = await watch.read(packer.stage_ids() - {PROFILE_ID})
+                packer.drop(now.gone)
+                packer.replace({one: now.memories[one] for one in packer.memory_ids()}, keep_texts=True)
+                since = (await turn.opened()).generation
+                packer.drop_texts(now.changed_since(since))
+                self.counts["left out in time"] += len(now.gone)
+                return at_ms
+            # what memories say is read again, what was made from them is not
+            packer.drop_texts(watch.changed_at_all(packer.text_ids()))
+            changed = watch.changed(packer.memory_ids())
+            if not changed:
+                return at_ms
+            now = await watch.read(changed)
+            packer.drop(now.gone)
+            packer.replace(now.memories)
+            self.counts["left out in time"] += len(now.gone)
+        packer.drop_texts(watch.changed_at_all(packer.text_ids()))
+        packer.drop(watch.changed(packer.memory_ids()))
+        return turn.elapsed_ms()
 
-        Args:
-            began_ms: when the stage was begun; what its texts come from was read later, unless the stage
-                `is_watched` by the lease.
-        """
-        packer, watches, opened = turn.packer, dict[str, Ticket](), list[Ticket]()
-        try:
-            for _ in range(_MOST_READS):
-                at_ms = turn.elapsed_ms()
-                if not self._sources.coherence.is_live():
-                    if is_watched:
-                        packer.drop_texts()
-                    await self._read_again(turn, packer.memory_ids(), keep_texts=True)
-                    return began_ms
-                changed = _changed(packer.stage_ids(), ticket, watches)
-                if not changed:
-                    return at_ms
-                opened.append(self._sources.l1.open(turn.owner.tag))
-                watches.update(dict.fromkeys(changed, opened[-1]))
-                await self._read_again(turn, changed)
-            packer.drop(_changed(packer.stage_ids(), ticket, watches))
-            return turn.elapsed_ms()
-        finally:
-            for watch in opened:
-                self._sources.l1.close(watch)
-
-    async def _read_again(self, turn: Turn, ids: set[str], *, keep_texts: bool = False) -> None:
-        memories = await self._browser.get_each(turn.owner, [one for one in ids if one != PROFILE_ID])
-        current: dict[str, Memory] = {one.id: one for one in memories if one.superseded_by is None}
-        if gone := ids - set(current):
-            turn.packer.drop(gone)
-            self.counts["left out in time"] += len(gone)
-        turn.packer.replace(current, keep_texts=keep_texts)
+    async def _as_of_now(self, turn: Turn, watch: Watch, stages: list[Stage]) -> list[Stage]:
+        """Return the stages without what changed since they were handed over."""
+        blocks = [block for stage in stages for block in stage.blocks]
+        sources = {one for block in blocks for one in block.memory_ids}
+        memories = {memory.id for block in blocks for memory in block.memories}
+        if watch.is_sure():
+            stale = watch.changed_at_all(sources), watch.changed(memories)
+        else:
+            now = await watch.read((sources | memories) - {PROFILE_ID})
+            gone = now.gone | now.changed_since((await turn.opened()).generation)
+            stale = gone & sources, gone & memories
+        if not any(stale):
+            return stages
+        self.counts["left out in time"] += len(stale[1])
+        kept = [[left for block in stage.blocks if (left := _without(block, *stale))] for stage in stages]
+        return [
+            replace(stage, blocks=blocks, text=rendered(blocks))
+            for stage, blocks in zip(stages, kept, strict=True)
+        ]
 
     # afterwards -----------------------------------------------------------------------------------
 
-    def _finish(self, turn: Turn) -> None:
+    def _finish(self, turn: Turn, opened: Opening) -> None:
         """Tell what was used; what is late is loaded for the next turn of the session."""
         shown, session_id = turn.packer.ids(), turn.request.session_id
         self.counts["contexts"] += 1
         self._touches.add(turn.owner, sorted(shown))
-        if session_id is None or turn.opening is None or not turn.opening.session:
+        if session_id is None or not opened.session:
             return
-        self._prefetcher.used(turn.owner, session_id, shown)
+        unused = self._prefetcher.used(turn.owner, session_id, shown, opened.loaded)
         late = turn.work.handed_over()
         if late and self._late >= _MOST_LATE:
             for task in late:
                 task.cancel()
             late = []
-        task = asyncio.create_task(self._follow_up(turn.owner, session_id, sorted(shown), late))
+        task = asyncio.create_task(self._follow_up(turn.owner, session_id, sorted(shown), unused, late))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
     async def _follow_up(
-        self, owner: Owner, session_id: str, shown: list[str], late: Sequence[asyncio.Task[Any]]
+        self,
+        owner: Owner,
+        session_id: str,
+        shown: list[str],
+        unused: list[Loaded],
+        late: Sequence[asyncio.Task[Any]],
     ) -> None:
         self._late += bool(late)
         try:
             with suppress(RedisMemError):
-                await self._sources.sessions.note(owner, session_id, shown=shown)
+                await self._sources.sessions.note(owner, session_id, shown=shown, loaded=unused)
                 if late:
                     done, undone = await asyncio.wait(late, timeout=_LATE_S)
                     for task in undone:
                         task.cancel()
                     found = [task.result() for task in done if not task.cancelled() and not task.exception()]
-                    hits = [
-                        hit for reply in found if isinstance(reply, SearchReply) for hit in reply.memories
-                    ]
                     self.counts["late parts"] += len(late)
-                    await self._prefetcher.came_late(owner, session_id, hits)
+                    await self._prefetcher.came_late(owner, session_id, _hits(found))
         finally:
             self._late -= bool(late)
 
@@ -222,11 +233,31 @@ class Contexts:
         await asyncio.gather(*self._background, return_exceptions=True)
 
 
-def _changed(ids: set[str], ticket: Ticket, watches: dict[str, Ticket]) -> set[str]:
-    """Return the ids that changed since they were read: since the ticket, or the later watch, was opened."""
-    found = set()
-    for one in ids:
-        gone = watches.get(one, ticket).gone
-        if gone is None or one in gone:
-            found.add(one)
-    return found
+def _hits(found: Sequence[object]) -> list[Hit]:
+    """Return the memories of fetches, the best first."""
+    hits = dict[str, Hit]()
+    for one in found:
+        many = one if isinstance(one, list) else [one]
+        for part in many:
+            if isinstance(part, SearchReply | EntityContext):
+                hits |= {hit.id: hit for hit in part.memories if hit.id not in hits}
+    return sorted(hits.values(), key=lambda hit: -hit.score)
+
+
+def _without(block: Block, sources: set[str], stale: set[str]) -> Block | None:
+    """Return a block without some memories; None when nothing is left, or its text has a stale source."""
+    if not sources.isdisjoint(block.memory_ids):
+        return None
+    memories = [memory for memory in block.memories if memory.id not in stale]
+    return replace(block, memories=memories) if memories or block.text else None
+
+
+def _shown(stage: Stage) -> Stage:
+    """Return a stage as callers see it: the mark that stands for the profile is ours."""
+    blocks = [
+        replace(block, memory_ids=[one for one in block.memory_ids if one != PROFILE_ID])
+        if PROFILE_ID in block.memory_ids
+        else block
+        for block in stage.blocks
+    ]
+    return replace(stage, blocks=blocks)

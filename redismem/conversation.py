@@ -65,7 +65,7 @@ STAGE_OF: dict[Part, int] = {
     "matches": 2,
     "topics": 2,
     "prefetched": 2,
-    "more": 3,
+    "more": 2,
     "entities": 3,
     "recent": 3,
     "deep": 4,

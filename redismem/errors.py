@@ -32,6 +32,8 @@ class RedisMemError(Exception):
 
     status = 500
     code = "internal"
+    #: of the reply that carried it, where it came from a service
+    request_id: str | None = None
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +16,7 @@ import msgspec
 
 from redismem.coherence import Coherence
 from redismem.conversation import ContextRequest
+from redismem.derived import FoundProfile
 from redismem.entities import Entity
 from redismem.errors import NotFound
 from redismem.filters import Filters, TagMatch
@@ -23,8 +24,9 @@ from redismem.keys import PROFILE_ID, Owner, session_mark
 from redismem.l1 import L1
 from redismem.lualib import Functions, fcall
 from redismem.naming import NameBook
-from redismem.opening import Around, Derived, Opening, around, opening
+from redismem.opening import Around, Derived, Opening, around, ids_of, opening
 from redismem.query import packed_tags
+from redismem.queryvectors import QueryVectors
 from redismem.sessions import Sessions
 from redismem.tiers import Tiers
 from redismem.types import Hit, SearchReply, SearchRequest
@@ -68,6 +70,7 @@ class Sources:
     tiers: Tiers
     sessions: Sessions
     names: NameBook
+    vectors: QueryVectors
     l1: L1
     coherence: Coherence
 
@@ -116,6 +119,20 @@ def match_request(text: str) -> SearchRequest:
     return SearchRequest(text=text, limit=MATCHES)
 
 
+def topic_requests(active: Sequence[str], text: str) -> list[SearchRequest]:
+    """Return the searches for a text on active topics: numbers of topics, or names."""
+    numbers = [name for name in active if is_number(name)]
+    named = [name for name in active if not is_number(name)]
+    filters = [Filters(cluster=numbers)] if numbers else []
+    filters += [Filters(topics=TagMatch(any=named))] if named else []
+    return [SearchRequest(text=text, limit=LISTED, filters=one) for one in filters]
+
+
+def is_number(topic: str) -> bool:
+    """Return whether an active topic is the number of one; else it is a name."""
+    return topic.isascii() and topic.isdigit()
+
+
 def entity_request(entity: Entity, text: str) -> SearchRequest:
     """Return the search for what a text is about: in an entity's memories, or for its name if none has it."""
     if entity.is_known:
@@ -135,42 +152,34 @@ class Gathering:
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         #: found without an embedding, where there may be no time for one
         self.words: asyncio.Task[SearchReply | None] | None = None
-        self.text = self._begin("text", self._text())
-        self.opening = self._begin("opening", sources.opening(owner, request.session_id, self._least))
-        if request.parts.profile or request.parts.pinned:
-            self.profile = self._begin("profile", sources.tiers.found_profile(owner))
+        self.text = self._begin("text", self._text)
+        self.opening = self._begin("opening", self._opening)
+        if request.parts.profile:
+            self.profile = self._begin("profile", self._profile)
         if request.stages > 1:
-            self.matches = self._begin("matches", self._matches())
-            self.on_topic = self._begin("topics", self._on_topic())
+            self.matches = self._begin("matches", self._matches)
+            self.on_topic = self._begin("topics", self._on_topic)
             if request.max_ms is not None and request.max_ms <= HEDGED_MS:
-                self.words = self._begin("words", self._words())
+                self.words = self._begin("words", self._words)
         if request.stages > 2 and request.parts.entities:
-            self.entities = self._begin("entities", self._entities())
+            self.entities = self._begin("entities", self._entities)
         if request.stages > 3:
-            self.deep = self._begin("deep", self._deep())
-            self.around = self._begin("around", self._around())
+            self.deep = self._begin("deep", self._deep)
+            self.around = self._begin("around", self._around)
 
-    def _begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _begin(self, name: str, work: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
         task = asyncio.create_task(self._timed(name, work))
         # who asks for it hears of its failure; where nobody does it must not be reported
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._tasks[name] = task
         return task
 
-    async def _timed(self, name: str, work: Awaitable[T]) -> T:
+    async def _timed(self, name: str, work: Callable[[], Awaitable[T]]) -> T:
         started_s = time.perf_counter()
         try:
-            return await work
+            return await work()
         finally:
             self.took_ms[name] = round((time.perf_counter() - started_s) * 1000, 3)
-
-    def renew(self) -> None:
-        """Read once more what derived texts come from; for callers who cannot know what changed since."""
-        self.opening = self._begin(
-            "opening", self._sources.opening(self._owner, self._request.session_id, 2**53)
-        )
-        if "entities" in self._tasks:
-            self.entities = self._begin("entities", self._entities())
 
     def handed_over(self) -> list[asyncio.Task[Any]]:
         """Return the fetches that are still under way, for somebody else to wait for."""
@@ -183,6 +192,12 @@ class Gathering:
         """Stop them."""
         for task in self._tasks.values():
             task.cancel()
+
+    async def _opening(self) -> tuple[Opening, Literal["l1", "l2"]]:
+        return await self._sources.opening(self._owner, self._request.session_id, self._least)
+
+    async def _profile(self) -> FoundProfile:
+        return await self._sources.tiers.found_profile(self._owner)
 
     async def _text(self) -> str:
         """Return what the context is for; empty for a session in which nothing was said."""
@@ -219,12 +234,7 @@ class Gathering:
         active = found.names("active_topics")
         if not (active and text and self._request.parts.topics):
             return None
-        numbers = [name for name in active if name.isascii() and name.isdigit()]
-        named = [name for name in active if name not in numbers]
-        filters = [Filters(cluster=numbers)] if numbers else []
-        filters += [Filters(topics=TagMatch(any=named))] if named else []
-        asked = [SearchRequest(text=text, limit=LISTED, filters=one) for one in filters]
-        replies = await asyncio.gather(*(self._look(one) for one in asked))
+        replies = await asyncio.gather(*(self._look(one) for one in topic_requests(active, text)))
         for reply in replies[1:]:
             replies[0].memories += reply.memories
         replies[0].memories.sort(key=lambda hit: -hit.score)
@@ -237,6 +247,12 @@ class Gathering:
         else:
             entities = await self._sources.names.entities(self._owner, text) if text else []
         found = await asyncio.gather(*(self._entity(entity, text or entity.name) for entity in entities))
+        matches = await self.matches
+        best = " ".join(hit.text for hit in matches.memories) if matches else ""
+        for one in found:
+            # a mere word of the text: the search for it has found what there is about both
+            if not one.entity.is_known and one.entity.name in best:
+                one.memories.clear()
         return [one for one in found if one.summary or one.memories]
 
     async def _entity(self, entity: Entity, text: str) -> EntityContext:
@@ -267,4 +283,4 @@ def _summary(name: str, flat: list[bytes]) -> Derived | None:
     if b"text" not in fields:
         return None
     text = fields[b"text"].decode("utf-8", "replace")
-    return Derived(name, text, msgspec.json.decode(fields[b"sources"], type=tuple[str, ...]))
+    return Derived(name, text, ids_of(fields.get(b"sources", b"[]")))

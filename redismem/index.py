@@ -27,6 +27,9 @@ _SLICE = 500
 #: share and number of memories indexed anew from which an index is refreshed
 _WORN_SHARE, _WORN_FEW = 0.1, 8
 
+#: how often a refresh is tried, where memories turn out not to be listed
+_MAX_REFRESHES = 2
+
 #: a refresh that was begun so long ago has died
 _REFRESH_MS = 600_000
 
@@ -118,21 +121,27 @@ class Indexes:
         reindexed, index, field, dim = raw
         if not (reindexed and index and is_worn(int(reindexed), count)):
             return False
+        for _ in range(_MAX_REFRESHES):
+            outcome = await self._refreshed(owner, index, field, int(dim), int(reindexed))
+            if outcome != b"SHORT":
+                break
+            await self.adopt(owner)  # what other services wrote is in no list yet
+        return bool(outcome == b"OK")
+
+    async def _refreshed(self, owner: Owner, index: bytes, field: bytes, dim: int, reindexed: int) -> bytes:
         name = field.decode()
         again = index.decode() == owner.physical_index(name)
         made = owner.physical_index(name, again=again)
-        schema = index_schema(owner, name, int(dim), again=again)
+        schema = index_schema(owner, name, dim, again=again)
         head = int(time.time() * 1000), _REFRESH_MS
-        word = await self._functions.call("rm_refresh_begin_v1", [made, owner.meta], *head, *schema)
+        word: bytes = await self._functions.call("rm_refresh_begin_v1", [made, owner.meta], *head, *schema)
         if word in (b"GONE", b"BUSY"):
-            return False
-        found = await self._functions.client.execute("FT.SEARCH", owner.index, "*", "LIMIT", 0, 0)
-        if found[0] > count:
-            await self.adopt(owner)
+            return word
         for part in slices(await all_ids(self._functions.client, owner)):
             await self._functions.call("rm_reindex_v1", [owner.ids], owner.memory_prefix, *part)
-        outcome = await self._functions.call("rm_refresh_end_v1", [owner.index, made, owner.meta], word)
-        return bool(outcome == b"OK")
+        keys = owner.index, made, owner.meta, owner.searches
+        outcome: bytes = await self._functions.call("rm_refresh_end_v1", keys, word, reindexed)
+        return outcome
 
     async def adopt(self, owner: Owner) -> None:
         """List what other services wrote: whatever makes something of all memories walks the list of ids.

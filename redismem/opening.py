@@ -11,6 +11,7 @@ import msgspec
 from redismem.codec import READ_FIELDS, memory_from_raw
 from redismem.keys import Owner
 from redismem.lualib import Functions
+from redismem.material import LABEL_WORDS
 from redismem.types import Memory
 
 T = TypeVar("T")
@@ -74,10 +75,10 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """What stands near some memories: turns beside each, and its nearest in meaning with their cosines."""
+    """What stands near some memories: turns beside each, and its nearest in meaning."""
 
     beside: dict[str, tuple[str, ...]]
-    related: dict[str, dict[str, float]]
+    related: dict[str, tuple[str, ...]]
     memories: dict[str, Placed]
 
 
@@ -115,10 +116,14 @@ async def opening(
         session=dict(zip(map(_text, flat[::2]), flat[1::2], strict=True)),
         last=_last(last),
         topics=tuple(
-            Derived(", ".join(_listed(words, str)[:3]), _text(text), _ids(sources))
-            for _, words, text, sources in zip(*(topics[i::4] for i in range(4)), strict=True)
+            Derived(
+                ", ".join(_listed(words, str)[:LABEL_WORDS]),
+                _text(text),
+                (*ids_of(sources), *ids_of(witnesses)[:LABEL_WORDS]),
+            )
+            for _, words, witnesses, text, sources in zip(*(topics[i::5] for i in range(5)), strict=True)
         ),
-        important=_ids(important),
+        important=ids_of(important),
         newest=tuple(map(_text, newest_ids)),
         said=tuple(map(_text, said)),
         memories=_placed(memories),
@@ -136,9 +141,9 @@ async def around(functions: Functions, owner: Owner, ids: Sequence[str]) -> Arou
         read=True,
     )
     beside, related = {}, {}
-    for memory_id, near, nearest, cosines in zip(ids, *(flat[i::3] for i in range(3)), strict=True):
+    for memory_id, near, nearest in zip(ids, *(flat[i::2] for i in range(2)), strict=True):
         beside[memory_id] = tuple(map(_text, near))
-        related[memory_id] = dict(zip(map(_text, nearest), map(float, cosines), strict=True))
+        related[memory_id] = tuple(map(_text, nearest))
     return Around(beside, related, _placed(memories))
 
 
@@ -160,7 +165,7 @@ def _last(raw: list[bytes]) -> LastSession | None:
     if not raw:
         return None
     name, at_s, text, sources, shown = raw
-    return LastSession(_text(name), float(at_s), _text(text), _ids(sources), _ids(shown))
+    return LastSession(_text(name), float(at_s), _text(text), ids_of(sources), ids_of(shown))
 
 
 def _placed(flat: list[Any]) -> dict[str, Placed]:
@@ -174,7 +179,8 @@ def _placed(flat: list[Any]) -> dict[str, Placed]:
     return found
 
 
-def _ids(raw: bytes) -> tuple[str, ...]:
+def ids_of(raw: bytes) -> tuple[str, ...]:
+    """Return a JSON list of strings; empty where another hand wrote something else."""
     return tuple(_listed(raw, str))
 
 

@@ -213,18 +213,22 @@ class Packer:
         """Return the ids of the open stage's memories."""
         return {memory.id for packed in self._open for memory in packed.block.memories}
 
+    def text_ids(self) -> set[str]:
+        """Return the ids of what the open stage's texts were made from."""
+        return set[str]().union(*(packed.block.memory_ids for packed in self._open))
+
     def stage_ids(self) -> set[str]:
         """Return the ids of the open stage's memories, and of what its texts were made from."""
-        return self.memory_ids().union(*(packed.block.memory_ids for packed in self._open))
+        return self.memory_ids() | self.text_ids()
 
     def drop(self, ids: set[str]) -> None:
         """Take memories out of the open stage, and texts made from them; they will not be added again."""
         self._dropped |= ids
         self._take_out(ids, ids)
 
-    def drop_texts(self) -> None:
-        """Take all derived texts out of the open stage."""
-        self._open = [packed for packed in self._open if packed.block.text is None]
+    def drop_texts(self, ids: set[str]) -> None:
+        """Take texts that were made from one of these memories out of the open stage."""
+        self._take_out(set(), ids)
 
     def replace(self, memories: Mapping[str, Memory], *, keep_texts: bool = False) -> None:
         """Show what memories of the open stage say now; one that no longer fits goes.

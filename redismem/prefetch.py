@@ -23,10 +23,16 @@ from redismem.conversation import MessageInput
 from redismem.entities import Entity
 from redismem.errors import RedisMemError
 from redismem.filters import Filters, NumberRange, TimeRange
-from redismem.gathering import LISTED, Sources, entity_request, match_request
+from redismem.gathering import (
+    LISTED,
+    Sources,
+    entity_request,
+    is_number,
+    match_request,
+    topic_requests,
+)
 from redismem.keys import Owner
 from redismem.opening import NearTopic, near_topics
-from redismem.queryvectors import QueryVectors
 from redismem.sessions import Loaded
 from redismem.timewindow import has_time, window
 from redismem.types import Hit, SearchRequest
@@ -45,8 +51,8 @@ MOST_LOADED = 30
 #: messages of the user on one topic from which a conversation is deep
 DEEP_AFTER = 4
 
-#: words of a message that is a mere follow-up
-SHORT = 5
+#: words of a message that is a mere follow-up, and characters of a word at most: some scripts have no blanks
+SHORT, _WORD_CHARS = 5, 8
 
 #: days and importance of what a deep conversation reaches down to
 OLD_DAYS, UNIMPORTANT = 30, 0.5
@@ -79,7 +85,6 @@ class _Talk:
     topic: str = ""
     #: messages of the user since the topic changed
     depth: int = 0
-    active: list[str] = field(default_factory=list)
     #: id -> signal and score of what was loaded and not used yet, and when
     loaded: dict[str, tuple[str, float, float]] = field(default_factory=dict)
     #: memories of the latest context
@@ -110,7 +115,6 @@ class Prefetcher:
     def __init__(
         self,
         sources: Sources,
-        vectors: QueryVectors,
         embedder_name: str,
         *,
         signals: frozenset[str],
@@ -118,13 +122,15 @@ class Prefetcher:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._sources = sources
-        self._vectors = vectors
+        self._vectors = sources.vectors
         self._embedder_name = embedder_name
         self._signals = signals
         self._lanes = lanes
         self._clock = clock
         self._talks: OrderedDict[tuple[str, str], _Talk] = OrderedDict()
-        self._running: Counter[str] = Counter()
+        #: loads under way -> whose; one that was cancelled is not among them any more
+        self._running: dict[asyncio.Task[None], str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self.counts: dict[str, Counter[str]] = {}
 
     # what is heard --------------------------------------------------------------------------------
@@ -135,24 +141,28 @@ class Prefetcher:
         if not said or not self._signals:
             return
         talk = self._talk(owner, session_id)
-        self._cancel(talk)
-        talk.task = self._spawned(owner, "message", self._load(owner, session_id, talk, said[-1]))
+        self._cancel(talk, "message")
+        self._cancel(talk, "typing")
+        if self._has_time(owner, "message"):
+            talk.task = self._begun(self._load(owner, session_id, talk, said[-1]), owner)
 
     def typed(self, owner: Owner, session_id: str, partial: str) -> None:
         """Load ahead for what is being typed, once it rests; returns at once. Newer text ends older."""
         if "typing" not in self._signals:
             return
         talk = self._talk(owner, session_id)
-        if talk.typing is not None and talk.typing.cancel():
-            self._count("typing", "cancelled")
-        talk.typing = asyncio.create_task(self._load_typed(owner, session_id, talk, partial))
+        self._cancel(talk, "typing")
+        talk.typing = self._begun(self._after_rest(owner, session_id, talk, partial))
 
-    def used(self, owner: Owner, session_id: str, ids: set[str]) -> None:
-        """Count which of the loaded memories a context shows."""
+    def used(
+        self, owner: Owner, session_id: str, ids: set[str], loaded: Sequence[Loaded] = ()
+    ) -> list[Loaded]:
+        """Count which of the loaded memories a context shows; return those of `loaded` that it does not."""
         talk = self._talk(owner, session_id)
         talk.shown = ids
         for memory_id in ids & set(talk.loaded):
             self._count(talk.loaded.pop(memory_id)[0], "used")
+        return [one for one in loaded if one[0] not in ids]
 
     async def came_late(self, owner: Owner, session_id: str, hits: Sequence[Hit]) -> None:
         """Keep what was too late for a context for the next one."""
@@ -160,58 +170,51 @@ class Prefetcher:
 
     # loading --------------------------------------------------------------------------------------
 
-    def _spawned(
-        self, owner: Owner, signal: str, work: Coroutine[Any, Any, None]
-    ) -> asyncio.Task[None] | None:
-        """Begin to load, unless there is no time to spare."""
-        is_busy = self._vectors.under_way >= BUSY or self._running.total() >= self._lanes
-        if is_busy or self._running[owner.tag] >= _LANES_PER_USER:
+    def _has_time(self, owner: Owner, signal: str) -> bool:
+        """Return whether there is time to spare for one more load."""
+        mine = sum(tag == owner.tag for tag in self._running.values())
+        is_busy = self._vectors.under_way >= BUSY or len(self._running) >= self._lanes
+        if is_busy or mine >= _LANES_PER_USER:
             self._count(signal, "shed")
-            work.close()
-            return None
-        self._running[owner.tag] += 1
-        task = asyncio.create_task(self._guarded(work))
+            return False
+        return True
 
-        def ended(_: asyncio.Task[None]) -> None:
-            self._running[owner.tag] -= 1
-            if not self._running[owner.tag]:
-                del self._running[owner.tag]
-
-        task.add_done_callback(ended)
+    def _begun(self, work: Coroutine[Any, Any, None], owner: Owner | None = None) -> asyncio.Task[None]:
+        """Begin to load; with an owner, in one of the lanes."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        if owner is not None:
+            self._running[task] = owner.tag
+        task.add_done_callback(self._ended)
         return task
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except RedisMemError as exc:
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._running.pop(task, None)
+        exc = None if task.cancelled() else task.exception()
+        if isinstance(exc, RedisMemError):
             logger.debug("nothing was loaded ahead: %s", exc)
-        except Exception:  # a defect here must stay without effect on the conversation
-            logger.exception("loading ahead failed")
+        elif exc is not None:  # a defect here must stay without effect on the conversation
+            logger.error("loading ahead failed", exc_info=exc)
 
     async def _load(self, owner: Owner, session_id: str, talk: _Talk, message: MessageInput) -> None:
-        found: dict[str, list[Hit]] = {}
-        main = match_request(message.text)
+        tiers, own = self._sources.tiers, list[Hit]()
         if "message" in self._signals:  # what its context will ask for first
-            found["message"] = (await self._sources.tiers.look(owner, main)).memories[:MEMORIES]
-        pointed = await self._pointed(owner, talk, message)
-        if talk.active:
-            await self._sources.sessions.note(owner, session_id, active_topics=talk.active)
-        replies = await asyncio.gather(*(self._sources.tiers.look(owner, one.request) for one in pointed))
+            own = (await tiers.look(owner, match_request(message.text))).memories
+        pointed = await self._pointed(owner, session_id, talk, message)
+        replies = await asyncio.gather(*(tiers.look(owner, one.request) for one in pointed))
+        found: dict[str, list[Hit]] = {}
         for one, reply in zip(pointed, replies, strict=True):
             found.setdefault(one.signal, []).extend(reply.memories)
+        found["message"] = own[:MEMORIES]  # last: what two signals found is the other's merit
         if "follow_up" in self._signals and is_follow_up(message.text):
-            await self._keep_hot(owner, talk)
+            await tiers.warm(owner, sorted(talk.shown)[: MOST_POINTED * MEMORIES])
         await self._keep(owner, session_id, talk, found)
 
-    async def _load_typed(self, owner: Owner, session_id: str, talk: _Talk, partial: str) -> None:
+    async def _after_rest(self, owner: Owner, session_id: str, talk: _Talk, partial: str) -> None:
         await asyncio.sleep(DEBOUNCE_S)
-        task = self._spawned(owner, "typing", self._suggest(owner, session_id, talk, partial))
-        if task is not None:
-            try:
-                await task
-            except asyncio.CancelledError:
-                task.cancel()
-                raise
+        if self._has_time(owner, "typing"):
+            talk.typing = self._begun(self._suggest(owner, session_id, talk, partial), owner)
 
     async def _suggest(self, owner: Owner, session_id: str, talk: _Talk, partial: str) -> None:
         await self._vectors.made([partial], urgent=False)
@@ -219,14 +222,16 @@ class Prefetcher:
         reply = await self._sources.tiers.look(owner, request)
         await self._keep(owner, session_id, talk, {"typing": reply.memories})
 
-    async def _pointed(self, owner: Owner, talk: _Talk, message: MessageInput) -> list[_Pointed]:
+    async def _pointed(
+        self, owner: Owner, session_id: str, talk: _Talk, message: MessageInput
+    ) -> list[_Pointed]:
         """Return where the signals of a message point, the surest first."""
         text = message.text
         pointed: list[_Pointed] = []
         if "entity" in self._signals:
-            known = [Entity(name, is_known=True) for name in message.entities]
-            known = known or await self._sources.names.entities(owner, text)
-            pointed += [_Pointed("entity", entity_request(entity, text)) for entity in known]
+            named = [Entity(name, is_known=True) for name in message.entities]
+            named = named or await self._sources.names.entities(owner, text)
+            pointed += [_Pointed("entity", entity_request(one, text)) for one in named if one.is_known]
         if "time" in self._signals and has_time(text):
             now = datetime.fromtimestamp(self._clock(), UTC)
             # the library takes milliseconds, and a first import
@@ -234,10 +239,14 @@ class Prefetcher:
             if meant is not None:
                 bounds = TimeRange(gte=meant.start, lt=meant.end)
                 pointed.append(_Pointed("time", _of(text, Filters(event_date=bounds))))
+        if self._signals.isdisjoint(("topic", "depth")):
+            return pointed[:MOST_POINTED]
         near = await self._near(owner, text)
-        shifted = self._follow(talk, near, is_short=is_follow_up(text))
-        if "topic" in self._signals:
-            pointed += [_Pointed("topic", _of(text, Filters(cluster=[one.number]))) for one in shifted]
+        has_shifted = self._follow(talk, near, is_short=is_follow_up(text))
+        if has_shifted:
+            active = await self._activated(owner, session_id, talk)
+            if "topic" in self._signals:
+                pointed += [_Pointed("topic", one) for one in topic_requests(active, text)]
         if "depth" in self._signals and talk.topic and talk.depth >= DEEP_AFTER:
             deep = Filters(
                 cluster=[talk.topic],
@@ -247,53 +256,51 @@ class Prefetcher:
             pointed.append(_Pointed("depth", _of(text, deep)))
         return pointed[:MOST_POINTED]
 
+    async def _activated(self, owner: Owner, session_id: str, talk: _Talk) -> list[str]:
+        """Put the topic that a conversation has come to before its other active topics; names stay."""
+        opened, _ = await self._sources.opening(owner, session_id, 0)
+        known = opened.names("active_topics")
+        numbers = [*dict.fromkeys([talk.topic, *(one for one in known if is_number(one))])]
+        active = [*numbers[:ACTIVE_TOPICS], *(one for one in known if not is_number(one))]
+        if active != known:
+            await self._sources.sessions.note(owner, session_id, active_topics=active)
+        return active
+
     async def _near(self, owner: Owner, text: str) -> list[NearTopic]:
         vector = self._vectors.known(text) or (await self._vectors.made([text]))[0]
         return await near_topics(
             self._sources.functions, owner, self._embedder_name, widened(vector), NEAR_TOPICS
         )
 
-    def _follow(self, talk: _Talk, near: Sequence[NearTopic], *, is_short: bool) -> list[NearTopic]:
-        """Note which topic a message is on; return the topics that the conversation has come to."""
+    def _follow(self, talk: _Talk, near: Sequence[NearTopic], *, is_short: bool) -> bool:
+        """Note which topic a message is on; return whether the conversation has come to another one."""
         within = [one for one in near if one.within]
-        if not within or is_short:  # it goes on where it was
+        if not within or is_short or within[0].number == talk.topic:  # it goes on where it was
             talk.depth += 1
-            return []
-        if within[0].number == talk.topic:
-            talk.depth += 1
-            return []
+            return False
         talk.topic, talk.depth = within[0].number, 1
-        new = [one for one in within if one.number not in talk.active]
-        talk.active = [*dict.fromkeys([*(one.number for one in within[:1]), *talk.active])][:ACTIVE_TOPICS]
-        return new
-
-    async def _keep_hot(self, owner: Owner, talk: _Talk) -> None:
-        """Load what the last context showed into L1 again: a follow-up is about the same."""
-        await self._sources.tiers.warm(owner, sorted(talk.shown)[: 3 * MEMORIES])
+        return True
 
     async def _keep(self, owner: Owner, session_id: str, talk: _Talk, found: dict[str, list[Hit]]) -> None:
-        """Keep what was found for the next turn, in L1 and with the session."""
-        now_s, loaded = self._clock(), list[Loaded]()
+        """Keep what was found for the next turn; L1 has it with the search that found it."""
+        now_s, new = self._clock(), dict[str, tuple[str, float, float]]()
         self._waste(talk, now_s)
         for signal, hits in found.items():
             for hit in hits:
-                if hit.id not in talk.loaded and hit.id not in (one for one, _, _ in loaded):
-                    loaded.append((hit.id, signal, round(hit.score, 4)))
-        if not loaded:
-            return
-        for memory_id, signal, score in loaded:
-            talk.loaded[memory_id] = signal, score, now_s
+                is_said = hit.memory_type == "message" and hit.session_id == session_id
+                if not is_said and hit.id not in talk.loaded:
+                    new.setdefault(hit.id, (signal, round(hit.score, 4), now_s))
+        for signal, _, _ in new.values():
             self._count(signal, "issued")
-        await self._sources.tiers.warm(owner, [memory_id for memory_id, _, _ in loaded])
-        # the newest first; those that the message itself is about come by its own search
-        kept = [(one, *told[:2]) for one, told in reversed(talk.loaded.items()) if told[0] != "message"]
-        if kept:
+        talk.loaded = {**new, **talk.loaded}  # the newest first
+        # those that the message itself is about come by its own search
+        kept = [(one, *told[:2]) for one, told in talk.loaded.items() if told[0] != "message"]
+        if new:
             await self._sources.sessions.note(owner, session_id, loaded=kept[:MOST_LOADED])
 
     def _waste(self, talk: _Talk, now_s: float) -> None:
         old = [one for one, (_, _, at_s) in talk.loaded.items() if at_s < now_s - _WASTED_S]
-        surplus = len(talk.loaded) - len(old) - MOST_LOADED
-        old += [one for one in talk.loaded if one not in old][: max(0, surplus)]
+        old += [one for one in talk.loaded if one not in old][MOST_LOADED:]
         for memory_id in old:
             self._count(talk.loaded.pop(memory_id)[0], "wasted")
 
@@ -310,14 +317,16 @@ class Prefetcher:
         self._talks.move_to_end(key)
         return talk
 
-    def _cancel(self, talk: _Talk) -> None:
-        for signal, task in (("message", talk.task), ("typing", talk.typing)):
-            if task is not None and task.cancel():
-                self._count(signal, "cancelled")
-        talk.task = talk.typing = None
+    def _cancel(self, talk: _Talk, signal: str) -> None:
+        """End what was begun for a message, or for what was typed; its lane is free at once."""
+        task = talk.task if signal == "message" else talk.typing
+        if task is not None and task.cancel():
+            self._running.pop(task, None)
+            self._count(signal, "cancelled")
 
     def _end(self, talk: _Talk) -> None:
-        self._cancel(talk)
+        self._cancel(talk, "message")
+        self._cancel(talk, "typing")
         for signal, _, _ in talk.loaded.values():
             self._count(signal, "wasted")
 
@@ -330,19 +339,15 @@ class Prefetcher:
 
     async def settled(self) -> None:
         """Return when nothing is being loaded."""
-        while tasks := self._tasks():
-            await asyncio.wait(tasks)
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
 
     async def close(self) -> None:
         """Stop loading."""
-        tasks = self._tasks()
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _tasks(self) -> list[asyncio.Task[None]]:
-        talks = self._talks.values()
-        return [task for talk in talks for task in (talk.task, talk.typing) if task and not task.done()]
 
 
 def is_follow_up(text: str) -> bool:

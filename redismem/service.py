@@ -192,9 +192,9 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         maintenance = Maintenance(client, indexes, graphs, archive, settings, warm=warmer.warm)
         sessions = Sessions(functions, writer, ttl_s=settings.session_ttl_s)
         names = NameBook(client, load_spacy(settings.spacy_model) if settings.spacy_model else None)
-        sources = Sources(functions, tiers, sessions, names, l1, coherence)
+        sources = Sources(functions, tiers, sessions, names, vectors, l1, coherence)
         prefetcher = Prefetcher(
-            *(sources, vectors, embedder.name), signals=settings.signals, lanes=settings.prefetch_lanes
+            sources, embedder.name, signals=settings.signals, lanes=settings.prefetch_lanes
         )
         stack.push_async_callback(prefetcher.close)
         sessions.heard = prefetcher.heard

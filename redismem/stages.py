@@ -49,6 +49,7 @@ class Turn:
     work: Gathering
     packer: Packer
     now_s: float = field(default_factory=time.time)
+    #: what is known without a search, and where from
     opening: Opening | None = None
     opening_from: Source = "l2"
     matches: SearchReply | None = None
@@ -232,7 +233,10 @@ async def fourth(turn: Turn) -> None:
             ("related", "Related memories", near.related, RELATED_TOKENS),
         )
         for part, title, around, tokens in around_best:
-            why = {other: one for one in best for other in around.get(one, ())}
+            why = dict[str, str]()
+            for one in best:
+                for other in around.get(one, ()):
+                    why.setdefault(other, one)
             memories = [near.memories[one].memory for one in why if one in near.memories]
             await turn.show(part, title, memories, "l2", tokens=tokens, why=why)
     await turn.show_more()

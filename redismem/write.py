@@ -393,7 +393,7 @@ class Writer:
 
         Cost: one round trip per 500 memories, and a barrier; Redis is never held for longer than one slice.
         """
-        memories = 0
+        memories = keys = 0
         has_archive = self._archive.is_configured
         if not has_archive and await self._functions.client.execute("EXISTS", owner.archived):
             raise Conflict("memories of this user are archived: set REDISMEM_ARCHIVE_URL to forget them")
@@ -402,15 +402,20 @@ class Writer:
                 "rm_forget_v1",
                 [owner.index, *owner.forgotten],
                 *(owner.memory_prefix, FORGET_SLICE),
-                *(owner.physical_index(field) for field in VECTOR_FIELDS),
+                *(
+                    owner.physical_index(field, again=again)
+                    for field in VECTOR_FIELDS
+                    for again in (False, True)
+                ),
             )
             memories += reply[1]
+            keys += reply[2]
             if reply[3]:
                 await self._coherence.changed(Event.FORGOTTEN, owner, None)
                 await self._jobs.cancel(owner)
                 # last: a run of the archive that is on its way finds nothing to move any more
                 archived = await self._archive.forget(owner) if has_archive else 0
-                return ForgetReply(memories=memories + archived, keys=memories + reply[2])
+                return ForgetReply(memories=memories + archived, keys=memories + keys)
 
 
 def _event(old: Memory, new: MemoryInput) -> Event:

@@ -42,6 +42,7 @@ RANKS = {
     "immediacy": 5,
     "packing": 5,
     "opening": 5,
+    "watch": 7,
     "tokens": 3,
     "naming": 5,
     "sessions": 8,

@@ -7,7 +7,8 @@ local function is_true(prefix, sources, digests)
   for digest in string.gmatch(digests or '', '%S+') do known[#known + 1] = digest end
   for _, id in ipairs(decoded(sources)) do
     at = at + 1
-    if digest_of(prefix, id) ~= known[at] then return false end
+    local digest = type(id) == 'string' and digest_of(prefix, id)
+    if not digest or digest ~= known[at] then return false end
   end
   return true
 end
@@ -27,17 +28,19 @@ local function flat_of(values, kept)
   return flat
 end
 
--- words of a topic that a memory is still known to have, best first
+-- words of a topic that a memory is still known to have, best first, and for each such a memory
 local function label_words(prefix, key)
-  local raw, shown = redis.pcall('HMGET', key, 'words', 'digests'), {}
+  local raw, shown, witnesses = redis.pcall('HMGET', key, 'words', 'digests'), {}, {}
   local digests = decoded(raw[2])
   for _, entry in ipairs(decoded(raw[1])) do
-    for _, id in ipairs(entry[2] or {}) do
-      if digest_of(prefix, id) == digests[id] then
-        shown[#shown + 1] = entry[1]
+    local word, ids = unpack(type(entry) == 'table' and entry or {})
+    for _, id in ipairs(type(word) == 'string' and type(ids) == 'table' and ids or {}) do
+      local digest = type(id) == 'string' and digest_of(prefix, id)
+      if digest and digest == digests[id] then
+        shown[#shown + 1], witnesses[#witnesses + 1] = word, id
         break
       end
     end
   end
-  return shown
+  return shown, witnesses
 end

@@ -111,13 +111,19 @@ async def context(request: Request) -> Response:
     """Assemble a context: as JSON, or with `Accept: text/event-stream` a stage an event."""
     contexts, owner = service_of(request).contexts, owner_of(request)
     wanted = await body_of(request, ContextRequest)
-    if EVENTS not in request.headers.get("accept", ""):
-        reply = await _while_there(request, contexts.whole(owner, wanted))
+    if EVENTS not in request.headers.get("accept", "").lower():
+        try:
+            reply = await _while_there(request, contexts.whole(owner, wanted))
+        except _Gone:
+            return _NOBODY
         return json_response(reply, generation=reply.generation)
     stages = contexts.stages(owner, wanted)
     try:
         # what is wrong with the request is told by the status, as ever
         first: Stage | ContextReply = await _while_there(request, _first(stages))
+    except _Gone:
+        await stages.aclose()
+        return _NOBODY
     except BaseException:
         await stages.aclose()
         raise
@@ -128,27 +134,40 @@ async def context_batch(request: Request) -> Response:
     """Assemble up to 20 contexts of one user; their texts are embedded together."""
     contexts, owner = service_of(request).contexts, owner_of(request)
     batch = await body_of(request, ContextBatch)
-    made = await _while_there(request, contexts.batch(owner, batch.contexts))
+    try:
+        made = await _while_there(request, contexts.batch(owner, batch.contexts))
+    except _Gone:
+        return _NOBODY
     generation = min(one.generation for one in made)
     return json_response(ContextBatchReply(contexts=made), generation=generation)
+
+
+class _Gone(Exception):
+    """Nobody waits for the reply any more."""
+
+
+#: what is "sent" to a client that went away
+_NOBODY = Response(status_code=499)
 
 
 async def _while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Return what some work comes to, unless the client goes away: then it ends.
 
     Raises:
-        CancelledError: the client went away.
+        _Gone: the client went away.
     """
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            task.cancel()
-        return await task
+            raise _Gone
+        return task.result()
     finally:
-        gone.cancel()
-        task.cancel()
+        for one in (task, gone):
+            one.cancel()
+        # what it holds is given back before anything else goes on
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _first(stages: AsyncIterator[T]) -> T:
@@ -187,5 +206,7 @@ async def _events(
 
 
 def _event(part: Stage | ContextReply) -> bytes:
-    name = b"stage" if isinstance(part, Stage) else b"done"
+    name = b"stage"
+    if isinstance(part, ContextReply):
+        name, part = b"done", msgspec.structs.replace(part, stages=msgspec.UNSET)
     return b"event: %b\ndata: %b\n\n" % (name, msgspec.json.encode(part))

@@ -20,4 +20,4 @@ def map_body(ctx: Any, body: Any) -> Any:
         return {key: map_body(ctx, item) for key, item in body.items()}
     if isinstance(body, list):
         return [map_body(ctx, item) for item in body]
-    return int(body) if isinstance(body, float) and body.is_integer() and abs(body) < 2**53 else body
+    return int(body) if isinstance(body, float) and body.is_integer() and abs(body) <= 2**53 else body
