@@ -35,6 +35,9 @@ from redismem.watch import Watch
 #: how often what changed during the comparison is read again, before it is left out
 _MOST_READS = 3
 
+#: the stage whose memories are counted: what prefetching is for
+_COUNTED_STAGE = 2
+
 #: requests whose late parts are waited for at once, and for how many seconds
 _MOST_LATE, _LATE_S = 64, 5.0
 
@@ -113,6 +116,8 @@ class Contexts:
                 self.counts["stages"] += 1
                 self.counts["partial stages"] += turn.reason is not None
                 stages.append(packer.end(round(at_ms, 3), skipped=turn.skipped, reason=turn.reason))
+                if number == _COUNTED_STAGE:
+                    self._count_at_hand(turn, stages[-1])
                 yield _shown(stages[-1])
             opened = await turn.opened()
             self._finish(turn, opened)
@@ -131,6 +136,18 @@ class Contexts:
         finally:
             watch.close()
             work.cancel()
+
+    def _count_at_hand(self, turn: Turn, stage: Stage) -> None:
+        """Count the memories of a stage, and those that a cache, or the session, had before the request."""
+        opened, matches = turn.opening, turn.matches
+        loaded = {one for one, _, _ in opened.loaded} if opened else set[str]()
+        cached = matches.memories if matches and matches.served_by != "l3" else ()
+        loaded.update(hit.id for hit in cached)
+        for memory in (memory for block in stage.blocks for memory in block.memories):
+            held = self._sources.l1.holding(turn.owner.tag, [memory.id])
+            is_held = memory.id in loaded or any(entry.stored_s < turn.began_s for entry in held)
+            self.counts["stage 2 memories"] += 1
+            self.counts["stage 2 memories at hand"] += is_held
 
     # coherence ------------------------------------------------------------------------------------
 

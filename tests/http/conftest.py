@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from urllib.parse import quote
 
 import httpx
@@ -81,6 +81,9 @@ class Gate:
         if self.away:
             raise EmbedderUnavailable("the embedder is away")
         return await self._inner.embed(texts, urgent=urgent)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        return self._inner.count_tokens(texts)
 
     async def close(self) -> None:
         self.open.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from redismem.conversation import STAGE_OF
-from redismem.embed.deterministic import DeterministicEmbedder
 from redismem.http.app import create_app
 from redismem.jobs import Jobs
 from redismem.service import Service, assembled
@@ -28,22 +27,8 @@ SESSIONS, SESSION = of_user("ada", "sessions"), of_user("ada", "sessions", "s")
 GENERATION = "redismem-generation"
 
 
-class CountingGate(Gate):
-    """A gate that counts tokens, which passes without being opened."""
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        return DeterministicEmbedder().count_tokens(texts)
-
-
-@pytest.fixture
-def gate() -> CountingGate:
-    return CountingGate()
-
-
 @pytest.fixture(params=["with L1", "without L1"])
-async def either(
-    request: pytest.FixtureRequest, service: Service, gate: CountingGate
-) -> AsyncIterator[Service]:
+async def either(request: pytest.FixtureRequest, service: Service, gate: Gate) -> AsyncIterator[Service]:
     """A service with its caches on, then off, behind the gate."""
     settings = service.settings
     if request.param == "with L1":

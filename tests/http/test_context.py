@@ -23,7 +23,6 @@ from tests.http.contexts import (
     blocks,
     context,
     either,
-    gate,
     http,
     ids,
     only,
@@ -36,34 +35,11 @@ from tests.http.contexts import (
 from tests.http.test_derived import BEES
 
 assert either  # fixtures
-assert gate
 assert http
 assert rich
 
-# gathering.cancel: a fetch that is cancelled before it began was never awaited (see test_context_streams)
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <coroutine object")
-
 #: what does not depend on the caches
 ONCE = pytest.mark.parametrize("either", ["with L1"], indirect=True)
-
-#: what asks for the fourth stage of little: without a lease `assert turn.opening is not None` fails
-FOURTH = pytest.mark.parametrize(
-    "either",
-    [
-        "with L1",
-        pytest.param(
-            "without L1",
-            marks=[
-                pytest.mark.xfail(
-                    strict=True,
-                    reason="context.py: the opening is renewed for stage 4, which may not await it",
-                ),
-                pytest.mark.filterwarnings("ignore:Exception ignored in. <coroutine object Gathering"),
-            ],
-        ),
-    ],
-    indirect=True,
-)
 
 # what it consists of ---------------------------------------------------------------------------------
 
@@ -90,7 +66,6 @@ async def test_every_stage_adds_to_the_one_before_and_repeats_no_memory(http: ht
                 datetime.fromisoformat(memory["at"])
 
 
-@pytest.mark.xfail(strict=True, reason="conversation.STAGE_OF says 3 for `more`, stages.second shows it in 2")
 @pytest.mark.usefixtures("rich")
 async def test_no_part_comes_before_its_stage(http: httpx.AsyncClient) -> None:
     reply = await context(http, session_id="s", stages=4)
@@ -99,7 +74,6 @@ async def test_no_part_comes_before_its_stage(http: httpx.AsyncClient) -> None:
             assert STAGE_OF[block["part"]] <= stage["stage"], block["part"]
 
 
-@pytest.mark.xfail(strict=True, reason="stages.first hands the mark PROFILE_ID on as one of `memory_ids`")
 @pytest.mark.usefixtures("rich")
 async def test_what_a_text_was_made_from_is_told_by_ids_of_memories(http: httpx.AsyncClient) -> None:
     reply = await context(http, session_id="s", stages=3)
@@ -113,7 +87,6 @@ async def test_what_a_text_was_made_from_is_told_by_ids_of_memories(http: httpx.
 
 
 @pytest.mark.usefixtures("rich")
-@FOURTH
 async def test_each_part_comes_alone_and_stays_away_alone(http: httpx.AsyncClient, either: Service) -> None:
     await either.sessions.note(either.owner("ada"), "s", loaded=[("b5", "entity", 0.5)])
     for part in STAGE_OF:
@@ -133,14 +106,12 @@ async def test_each_part_comes_alone_and_stays_away_alone(http: httpx.AsyncClien
     assert (nothing["text"], nothing["tokens"], blocks(nothing)) == ("", 0, [])
 
 
-@FOURTH
 async def test_nothing_of_nothing_is_wanted_up_to_the_fourth_stage(http: httpx.AsyncClient) -> None:
     await add(http, "ada", BEES[0])
     nothing = await context(http, text="bees", stages=4, parts=only())
     assert (nothing["text"], blocks(nothing)) == ("", [])
 
 
-@FOURTH
 async def test_a_user_of_whom_nothing_is_known_has_an_empty_context(http: httpx.AsyncClient) -> None:
     await opened(http)
     for stages in (1, 2, 3, 4):
@@ -338,9 +309,6 @@ async def test_a_batch_has_one_context_a_request_in_order(http: httpx.AsyncClien
     assert error["field"].startswith("contexts[1]")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="context.batch: the TaskGroup raises an ExceptionGroup, which is a 500"
-)
 @pytest.mark.parametrize(
     ("wrong", "status"), [({"session_id": "none"}, 404), ({"text": "a", "template": "{nope}"}, 422)]
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 import pytest
@@ -75,16 +74,6 @@ async def test_names_are_read_once_a_minute(
     assert await book.entities(owner, "the harbour") == []
     clock.now_s += 1
     assert await book.entities(owner, "the harbour") == [Entity("harbour", is_known=True)]
-
-
-@pytest.mark.xfail(strict=True, reason="each of those who ask at once reads all names")
-async def test_those_who_ask_at_once_share_a_read(
-    service: Service, owner: Owner, book: NameBook, sent: list[str]
-) -> None:
-    await name(service, owner, "kettle")
-    sent.clear()
-    await asyncio.gather(*(book.entities(owner, "the kettle") for _ in range(5)))
-    assert sent == ["FT.TAGVALS"]
 
 
 async def test_the_users_who_were_talked_about_last_are_kept(
