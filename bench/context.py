@@ -1,10 +1,10 @@
 """How fast are contexts while 20 conversations go on, and what does prefetching change?
 
 Conversations in LoCoMo's format are replayed: each user has all sessions but the last ones as memories, which
-are then said turn by turn over HTTP, each message of the first speaker followed by its context as
-server-sent events. Once without and once with prefetching, other sessions of the same conversations; beside it searches of other users at a steady rate
-(open loop: a late one counts from when it was due). Then single requests one by one: each part alone, and all
-of them. Usage: python bench/context.py FOLDER [--seconds 60]
+are then said turn by turn over HTTP, each message of the first speaker followed by its context as events sent
+by the server. Once without and once with prefetching, other sessions of the same conversations; beside it
+searches of others at a steady rate (open loop: a late one counts from when it was due). Before that single
+requests one by one: each part alone, and all of them. Usage: python bench/context.py FOLDER [--seconds 60]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -37,6 +37,8 @@ from redismem.settings import Settings
 SESSIONS = 20
 #: sessions of each conversation that are replayed in each of the two runs; those before are memories
 REPLAYED = 4
+#: memories of each user: the turns before those that are replayed
+MEMORIES = 200
 #: seconds between the turns of one conversation
 PAUSE_S = (0.5, 1.5)
 #: searches a second of others
@@ -64,7 +66,7 @@ class Stream:
     def __init__(self, url: str) -> None:
         self._host, self._port = url.removeprefix("http://").split(":")
 
-    async def __aenter__(self) -> Stream:
+    async def __aenter__(self) -> Self:
         self._reader, self._writer = await asyncio.open_connection(self._host, int(self._port))
         return self
 
@@ -98,7 +100,8 @@ def parted(document: dict[str, Any]) -> tuple[list[dict[str, Any]], ...]:
     said = turns(document["conversation"])
     names = list(dict.fromkeys(turn["session_id"] for turn in said))
     parts = names[: -2 * REPLAYED], names[-2 * REPLAYED : -REPLAYED], names[-REPLAYED:]
-    return tuple([turn for turn in said if turn["session_id"] in part] for part in parts)
+    memories, *replays = ([turn for turn in said if turn["session_id"] in part] for part in parts)
+    return (memories[-MEMORIES:], *replays)
 
 
 def users(files: list[Path]) -> list[tuple[str, Path]]:

@@ -39,6 +39,7 @@ from redismem.index import Indexes
 from redismem.keys import Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, load_libraries
+from redismem.queryvectors import QueryVectors
 from redismem.read import Reader
 from redismem.settings import Settings
 from redismem.store import claim

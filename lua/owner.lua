@@ -1,10 +1,10 @@
 #!lua name=redismem_owner
--- Version: 4
+-- Version: 5
 -- Makes, parks and removes what one owner has as a whole: the exact index, its alias, every key.
 --
 -- Functions (KEYS -> ARGV -> reply)
 --   rm_open_v1    alias index meta [ids] | now_ms embedder dim vector_field, FT.CREATE arguments …
---                 -> OK | filling:<n>: the index exists and serves under its alias; filling: memories of before
+--                 -> STALE: other vectors serve by now | OK | filling:<n>: the index exists and serves under its alias; filling: memories of before
 --                 are not in it yet; index each again (rm_reindex), then call rm_filled with that word
 --   rm_filled_v1  meta | filling:<n>  -> OK | STALE: the index was made anew meanwhile
 --   rm_chill_v1   meta graph0 graph1 | idle_before_s
@@ -28,7 +28,8 @@ local function open(keys, args)
   local wrong = wrong_type(meta, 'hash') or ids and wrong_type(ids, 'zset')
   if wrong then return wrong end
   -- a refreshed index has another name
-  local serving, following = unpack(redis.call('HMGET', meta, 'index', 'index_next'))
+  local serving, following, of = unpack(redis.call('HMGET', meta, 'index', 'index_next', 'vector_field'))
+  if serving and of and of ~= field then return 'STALE' end
   -- one that is being made beside it does not hold everything yet
   local is_half = following and string.match(following, '^(.*) %d+$') == index
   local is_refreshed = serving == index .. ':again' and redis.pcall('FT.INFO', serving).err == nil

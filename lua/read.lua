@@ -1,5 +1,5 @@
 #!lua name=redismem_read
--- Version: 5
+-- Version: 4
 -- Reads one owner's memories in one round trip; changes nothing but the cache of searches.
 --
 -- Functions (KEYS -> ARGV -> reply); those with _ro are no-writes, so replicas may run them
@@ -48,8 +48,6 @@
 
 -- widths that callers give are meant for a graph with this EF
 local PRODUCTION_EF = 128
--- candidates of a list that set its scale, and what those below them count
-local SCALE, TAIL = 100, 0.2
 -- memories from which they are counted by the list of ids
 local MANY = 1000
 
@@ -73,22 +71,15 @@ end
 
 -- part: candidates
 
--- min-max over the candidates of one list: the best is 1, the last 0, or of more than SCALE the one at that place: how
--- many are asked for must not change the order of the best. Those below it get a little less than 0
+-- min-max over the candidates of one list: the best is 1, the last 0
 local function scaled(scores)
-  local low, high, into, list = math.huge, -math.huge, {}, {}
+  local low, high, into = math.huge, -math.huge, {}
   for _, score in pairs(scores) do
     if score < low then low = score end
     if score > high then high = score end
-    list[#list + 1] = score
-  end
-  if #list > SCALE then
-    table.sort(list)
-    low = list[#list - SCALE + 1]
   end
   for id, score in pairs(scores) do
-    local at = high > low and (score - low) / (high - low) or 1
-    into[id] = at < 0 and TAIL * at or at
+    into[id] = high > low and (score - low) / (high - low) or 1
   end
   return into
 end
@@ -294,7 +285,7 @@ local function found_by(keys, args, key_at, at)
   local reply = { 'OK', generation, total or 0, note }
   for i, hit in ipairs(hits) do
     local id, place = hit.id, 4 * i
-    reply[place + 1], reply[place + 2], reply[place + 3] = id, text17(math.max(0, hit.score)), false
+    reply[place + 1], reply[place + 2], reply[place + 3] = id, text17(hit.score), false
     if query.explain then
       reply[place + 3] = {
         text17(cosine[id]), text17(bm25[id]), text17(semantic[id] or 0), text17(keyword[id] or 0),

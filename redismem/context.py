@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
+from itertools import chain, zip_longest
 from typing import Any
 
 from msgspec.structs import replace
@@ -232,7 +233,11 @@ class Contexts:
                     done, undone = await asyncio.wait(late, timeout=_LATE_S)
                     for task in undone:
                         task.cancel()
-                    found = [task.result() for task in done if not task.cancelled() and not task.exception()]
+                    found = [
+                        task.result()
+                        for task in late
+                        if task in done and not task.cancelled() and not task.exception()
+                    ]
                     self.counts["late parts"] += len(late)
                     await self._prefetcher.came_late(owner, session_id, _hits(found))
         finally:
@@ -252,13 +257,13 @@ class Contexts:
 
 def _hits(found: Sequence[object]) -> list[Hit]:
     """Return the memories of fetches, the best first."""
+    many = [part for one in found for part in (one if isinstance(one, list) else [one])]
+    lists = [part.memories for part in many if isinstance(part, SearchReply | EntityContext)]
     hits = dict[str, Hit]()
-    for one in found:
-        many = one if isinstance(one, list) else [one]
-        for part in many:
-            if isinstance(part, SearchReply | EntityContext):
-                hits |= {hit.id: hit for hit in part.memories if hit.id not in hits}
-    return sorted(hits.values(), key=lambda hit: -hit.score)
+    for hit in chain.from_iterable(zip_longest(*lists)):
+        if hit is not None:
+            hits.setdefault(hit.id, hit)
+    return list(hits.values())
 
 
 def _without(block: Block, sources: set[str], stale: set[str]) -> Block | None:

@@ -51,6 +51,9 @@ class FoundProfile:
     sources: tuple[str, ...]
 
 
+_KINDS = {one.name: one.type for one in msgspec.structs.fields(Profile)}
+
+
 class Views:
     """Reads the derived data of one store."""
 
@@ -81,11 +84,13 @@ class Views:
         for name in Profile.__struct_fields__:
             if (raw := fields.get(name)) is None or name == "patched":
                 continue
-            value: Any = float(raw) if name in _MOMENTS else msgspec.json.decode(raw)
-            setattr(profile, name, datetime.fromtimestamp(value, UTC) if name in _MOMENTS else value)
+            with suppress(ValueError, OverflowError, OSError):  # another hand's is not told
+                setattr(profile, name, _moment(raw) if name in _MOMENTS else _told(raw, name))
         if known and (profile.valid_until is None or profile.valid_until.timestamp() < self._clock()):
             await self._queue(owner, "profile")
-        sources = msgspec.json.decode(fields.get("sources", b"[]"), type=tuple[str, ...])
+        sources = tuple[str, ...]()
+        with suppress(ValueError):
+            sources = msgspec.json.decode(fields.get("sources", b"[]"), type=tuple[str, ...])
         return FoundProfile(profile, sources)
 
     async def change_profile(self, owner: Owner, patch: ProfilePatch) -> Profile:
@@ -240,3 +245,11 @@ def _patched(fields: dict[str, bytes]) -> list[str]:
 
 def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
+
+
+def _moment(raw: bytes) -> datetime:
+    return datetime.fromtimestamp(float(raw), UTC)
+
+
+def _told(raw: bytes, name: str) -> Any:
+    return msgspec.json.decode(raw, type=_KINDS[name])

@@ -214,7 +214,9 @@ class Gathering:
         return (of_user or [memory.text for memory in said] or [""])[-1]
 
     async def _matches(self) -> SearchReply | None:
-        text = await self.text
+        parts = self._request.parts
+        is_wanted = parts.matches or parts.more or parts.deep or parts.history or parts.related
+        text = await self.text if is_wanted else ""
         return await self._look(match_request(text)) if text else None
 
     async def _words(self) -> SearchReply | None:

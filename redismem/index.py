@@ -173,6 +173,12 @@ class Indexes:
         await asyncio.gather(*self._fills.values(), return_exceptions=True)
 
     async def _opened(self, owner: Owner) -> str:
+        state = b"STALE"
+        while state == b"STALE":  # moved to another embedder since it was looked at
+            state = await self._opened_as_read(owner)
+        return state.decode()
+
+    async def _opened_as_read(self, owner: Owner) -> bytes:
         field, name, dim = VECTOR_FIELDS[0], self._embedder.name, self._embedder.dim
         raw = await self._functions.client.execute("HMGET", owner.meta, "vector_field", "embedder", "dim")
         if all(raw):
@@ -183,7 +189,7 @@ class Indexes:
             *(int(time.time() * 1000), name, dim, field),
             *index_schema(owner, field, dim),
         )
-        return state.decode()
+        return state
 
     def _fill(self, owner: Owner) -> asyncio.Task[None]:
         task = self._fills.get(owner)

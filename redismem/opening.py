@@ -119,7 +119,7 @@ async def opening(
             Derived(
                 ", ".join(_listed(words, str)[:LABEL_WORDS]),
                 _text(text),
-                (*ids_of(sources), *ids_of(witnesses)[:LABEL_WORDS]),
+                tuple(dict.fromkeys((*ids_of(sources), *ids_of(witnesses)[:LABEL_WORDS]))),
             )
             for _, words, witnesses, text, sources in zip(*(topics[i::5] for i in range(5)), strict=True)
         ),

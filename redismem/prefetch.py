@@ -205,7 +205,8 @@ class Prefetcher:
         replies = await asyncio.gather(*(tiers.look(owner, one.request) for one in pointed))
         found: dict[str, list[Hit]] = {}
         for one, reply in zip(pointed, replies, strict=True):
-            found.setdefault(one.signal, []).extend(reply.memories)
+            unsaid = [hit for hit in reply.memories if not _is_said(hit, session_id)]
+            found.setdefault(one.signal, []).extend(unsaid[:MEMORIES])
         found["message"] = own[:MEMORIES]  # last: what two signals found is the other's merit
         if "follow_up" in self._signals and is_follow_up(message.text):
             await tiers.warm(owner, sorted(talk.shown)[: MOST_POINTED * MEMORIES])
@@ -287,8 +288,7 @@ class Prefetcher:
         self._waste(talk, now_s)
         for signal, hits in found.items():
             for hit in hits:
-                is_said = hit.memory_type == "message" and hit.session_id == session_id
-                if not is_said and hit.id not in talk.loaded:
+                if not _is_said(hit, session_id) and hit.id not in talk.loaded:
                     new.setdefault(hit.id, (signal, round(hit.score, 4), now_s))
         for signal, _, _ in new.values():
             self._count(signal, "issued")
@@ -352,13 +352,17 @@ class Prefetcher:
 
 def is_follow_up(text: str) -> bool:
     """Return whether a message only makes sense after the one before: it is short, or opens like one."""
-    return len(text.split()) <= SHORT or (
-        _FOLLOW_UP.match(text) is not None and len(text.split()) <= 2 * SHORT
-    )
+    words = max(len(text.split()), len(text) // _WORD_CHARS)
+    return words <= SHORT or (_FOLLOW_UP.match(text) is not None and words <= 2 * SHORT)
+
+
+def _is_said(hit: Hit, session_id: str) -> bool:
+    return hit.memory_type == "message" and hit.session_id == session_id
 
 
 def _of(text: str, filters: Filters) -> SearchRequest:
-    return SearchRequest(text=text, limit=LISTED, filters=filters, query_type="prefetch")
+    # what was just said matches best, and is not loaded
+    return SearchRequest(text=text, limit=3 * LISTED, filters=filters, query_type="prefetch")
 
 
 def _days_ago(now_s: float, days: float) -> datetime:

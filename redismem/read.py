@@ -46,9 +46,10 @@ from redismem.settings import Settings
 from redismem.types import NEVER_CACHED, SearchRequest, Timing
 from redismem.words import query_words
 
-#: candidates of each list before fusion: this many, or this many times the limit
-MIN_CANDIDATES = 50
+#: candidates of each list before fusion: this many times the limit, within these bounds. The last one has 0 after
+#: min-max, so more of them would change the order of the best (decision D44)
 CANDIDATES_PER_HIT = 5
+MIN_CANDIDATES, MAX_CANDIDATES = 50, 100
 
 #: share of the words in the fused score; the rest is the cosine's (decision D3)
 WORD_WEIGHT = 0.6
@@ -314,7 +315,7 @@ class Reader:
         request = query.request
         if request.max_ms is not None:
             query.timeout_ms = max(1, int(request.max_ms - _ms(time.perf_counter() - started)))
-        candidates = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * request.limit)
+        candidates = min(MAX_CANDIDATES, max(MIN_CANDIDATES, CANDIDATES_PER_HIT * request.limit))
         words, filter_ = query_words(request.text or ""), filter_query(request.filters)
         unfiltered = words_query(words, "*") if request.filters == Filters() else "-"
         return [

@@ -38,6 +38,7 @@ class Watch:
         self._since = l1.open(owner.tag)
         #: of what was read later
         self._later: dict[str, Ticket] = {}
+        self._tickets = [self._since]
 
     def is_sure(self) -> bool:
         """Return whether `changed` tells everything."""
@@ -60,12 +61,15 @@ class Watch:
     async def read(self, ids: Iterable[str]) -> Now:
         """Read memories, and watch them from before that on. Cost: one round trip."""
         wanted = list(ids)
-        self._later.update(dict.fromkeys(wanted, self._l1.open(self._owner.tag)))
+        if not wanted:
+            return Now({}, set())
+        self._tickets.append(self._l1.open(self._owner.tag))
+        self._later.update(dict.fromkeys(wanted, self._tickets[-1]))
         memories = await self._browser.get_each(self._owner, wanted)
         current = {one.id: one for one in memories if one.superseded_by is None}
         return Now(current, set(wanted) - set(current))
 
     def close(self) -> None:
         """Stop watching."""
-        for ticket in {id(one): one for one in (self._since, *self._later.values())}.values():
+        for ticket in self._tickets:
             self._l1.close(ticket)

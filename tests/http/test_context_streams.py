@@ -110,6 +110,10 @@ class Line:
                 self.sent += data
                 return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
+    def offered(self) -> Message:
+        """Return the next message that was to be sent."""
+        return self._offered.get_nowait()
+
     def go_on(self) -> None:
         """Let the application send on."""
         self._go.release()
@@ -363,6 +367,8 @@ async def test_a_client_that_goes_away_is_no_error(app: ASGIApp, gate: Gate) -> 
         await until("it is embedded", lambda: asyncio.sleep(0, gate.waiting))
         await line.leave()
         assert not line.task.cancelled()
+        assert line.task.exception() is None
+        assert line.offered()["status"] == 499
 
 
 async def test_who_goes_away_takes_nothing_from_who_asks_the_same(app: ASGIApp, gate: Gate) -> None:

@@ -27,9 +27,10 @@ from redismem.conversation import (
 from redismem.errors import NotFound
 from redismem.keys import Owner
 from redismem.naming import NameBook
-from redismem.service import Service, assembled
+from redismem.service import Service
 from redismem.settings import Settings
 from redismem.types import MemoryInput
+from redismem.watch import Watch
 from tests.conftest import until
 from tests.redis.test_conversations import at
 from tests.redis.test_derived import Made
@@ -214,6 +215,14 @@ async def test_five_unasked_memories_come_the_most_important_first(tiered: Servi
     assert shown == dict.fromkeys(("p0", "p1"), "pinned") | {f"m{i}": "important" for i in (7, 6, 5, 4, 3)}
 
 
+async def test_a_beginning_alone_shows_what_the_profile_finds_important(rich: Service, owner: Owner) -> None:
+    await rich.client.execute("HSET", owner.profile, "important_memory_ids", '["tea07","topical"]')
+    for stages, shown in ((1, True), (2, False)):
+        pinned = why(await context(rich, owner, session_id="s", stages=stages, parts=only("pinned")))
+        assert ("tea07" in pinned) == shown
+        assert pinned["topical"] == "active_topic"
+
+
 async def test_old_unimportant_memories_are_not_recent(tiered: Service, owner: Owner) -> None:
     old = datetime.now(UTC) - timedelta(days=31)
     memories = [
@@ -372,9 +381,10 @@ async def test_without_an_index_it_is_made_again(rich: Service, owner: Owner) ->
     assert not reply.partial
 
 
-async def test_a_profile_of_another_hand_is_skipped(rich: Service, owner: Owner) -> None:
-    await rich.client.execute("HSET", owner.profile, "current_projects", "x")
-    assert stages_of(await context(rich, owner))[0].skipped == ["profile"]
+@pytest.mark.parametrize("value", ["x", "5"])
+async def test_a_profile_of_another_hand_fails_no_context(rich: Service, owner: Owner, value: str) -> None:
+    await rich.client.execute("HSET", owner.profile, "current_projects", value)
+    assert "turn1" in why(await context(rich, owner))
 
 
 @pytest.mark.parametrize("sources", [None, "x"])
@@ -430,3 +440,11 @@ async def test_what_is_deleted_between_stages_is_in_no_later_one(rich: Service, 
     assert ids.isdisjoint({"turn1", "ahead", "ben"})
     assert len(later) == 3
     assert rich.l1._tickets == {}
+
+
+async def test_a_watch_gives_back_what_it_reads_under(service: Service, owner: Owner) -> None:
+    watch = Watch(service.l1, service.coherence, service.browser, owner)
+    for ids in (["a", "b"], [], ["a"], ["a", "b"]):
+        assert (await watch.read(ids)).gone == {*ids}
+    watch.close()
+    assert service.l1._tickets == {}

@@ -95,7 +95,11 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
             [refreshed, owner.meta],
             [1_800_000_000_000, 0, *index_schema(owner, "embedding", dim, again=True)],
         ),
-        ("rm_refresh_end_v1", [owner.index, refreshed, owner.meta], [f"{refreshed} 1800000000000"]),
+        (
+            "rm_refresh_end_v1",
+            [owner.index, refreshed, owner.meta, owner.searches],
+            [f"{refreshed} 1800000000000", 0],
+        ),
         (
             "rm_begin_v1",
             [owner.physical_index("embedding_next"), owner.meta],

@@ -51,7 +51,7 @@ async def test_large_users_get_a_graph_and_lose_it_when_they_are_small(
         await service.writer.delete(owner, f"m{number}")
     report = await maintenance.round()  # 90: within the hysteresis
     assert report is not None
-    assert (report.graphs, report.done) == (1, {})
+    assert (report.graphs, report.done) == (1, {"refresh": 1})  # what was deleted wore the index
     for number in range(30, 45):
         await service.writer.delete(owner, f"m{number}")
     report = await maintenance.round()
@@ -140,7 +140,8 @@ async def test_a_refresh_under_way_is_left_to_who_began_it(
     report = await maintenance.round()
     assert report is not None
     assert (report.done, report.errors) == ({}, 0)
-    assert await call("rm_refresh_end_v1", [owner.index, made, owner.meta], word) == b"SHORT"
+    keys = [owner.index, made, owner.meta, owner.searches]
+    assert await call("rm_refresh_end_v1", keys, word, 20) == b"SHORT"
     report = await maintenance.round()
     assert report is not None
     assert report.done == {"refresh": 1}

@@ -14,6 +14,7 @@ from redismem.filters import Filters
 from redismem.gathering import LISTED
 from redismem.keys import Owner
 from redismem.service import Service, assembled
+from redismem.stages import PREFETCHED
 from redismem.types import MemoryInput, SearchRequest
 from tests.conftest import until
 from tests.redis.test_conversations import said
@@ -110,6 +111,37 @@ async def test_what_was_shown_is_not_loaded_for_the_turn_after_the_next(
     assert await shown(entities, owner) == []
 
 
+async def test_what_was_not_shown_is_kept_for_the_turn_after(entities: Service, owner: Owner) -> None:
+    ids = await about(entities, owner, "Ben", PREFETCHED + 2)
+    await speak(entities, owner, "I shall meet Ben at the harbour")
+    first = await shown(entities, owner)
+    assert len(first) == PREFETCHED
+    assert set(await loaded(entities, owner)) == {*ids} - {*first}
+    assert {*first, *(await shown(entities, owner))} == {*ids}
+    assert entities.prefetcher.stats() == {"entity": {"issued": len(ids), "used": len(ids)}}
+
+
+async def test_what_a_signal_and_the_message_itself_find_is_the_merit_of_the_signal(
+    tiered: Service, owner: Owner, build: Build
+) -> None:
+    await about(tiered, owner, "Ben", 2)
+    await tiered.writer.put(owner, [MemoryInput(id="a", text="the harbour is cold")])
+    prefetcher = build("message entity")
+    await hear(prefetcher, owner, "I shall meet Ben at the harbour")
+    assert prefetcher.stats() == {"entity": {"issued": 2}, "message": {"issued": 1}}
+    assert await loaded(tiered, owner) == dict.fromkeys(("Ben0", "Ben1"), "entity")
+
+
+async def test_of_the_numbers_of_topics_the_three_newest_stay_and_of_the_names_all(
+    tiered: Service, owner: Owner, build: Build, topics: dict[str, str]
+) -> None:
+    numbers, names = ["91", "92", "93"], ["boats", "tea", "rain", "hats"]
+    await tiered.sessions.open(owner, SessionInput(id="s", active_topics=[*names, *numbers]))
+    await hear(build("topic"), owner, ON_GARDEN)
+    active = (await tiered.sessions.get(owner, "s", 0)).active_topics
+    assert active == [topics["garden"], "91", "92", *names]
+
+
 @pytest.mark.parametrize("how", ["open", "change"])
 async def test_active_topics_that_a_caller_gave_stay(
     tiered: Service, owner: Owner, build: Build, topics: dict[str, str], how: str
@@ -138,6 +170,16 @@ async def test_what_was_said_in_the_session_is_not_loaded(
     # a fact that was learned in it, and what was said in another, are
     assert await loaded(tiered, owner) == dict.fromkeys((item.id, "a"), "time")
     assert prefetcher.stats() == {"time": {"issued": 2}}
+
+
+async def test_what_was_said_in_the_session_leaves_room_for_others(
+    tiered: Service, owner: Owner, build: Build
+) -> None:
+    await tiered.sessions.say(owner, "s", said(*(f"what did we do today, part {i}" for i in range(12))))
+    now = datetime.now(UTC)
+    await tiered.writer.put(owner, [MemoryInput(id="a", text="we sailed", event_date=now)])
+    await hear(build("time"), owner, "what did we do today")
+    assert "a" in await loaded(tiered, owner)
 
 
 async def test_the_search_of_a_topic_is_the_one_that_its_context_makes(

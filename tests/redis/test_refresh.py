@@ -115,9 +115,10 @@ async def reindex(service: Service, owner: Owner, *numbers: int) -> None:
     await service.functions.call("rm_reindex_v1", [owner.ids], owner.memory_prefix, *ids)
 
 
-async def end(service: Service, owner: Owner, word: bytes) -> bytes:
-    keys = [owner.index, owner.physical_index("embedding", again=True), owner.meta]
-    outcome: bytes = await service.functions.call("rm_refresh_end_v1", keys, word)
+async def end(service: Service, owner: Owner, word: bytes, counted: int = 0, *, again: bool = True) -> bytes:
+    """End to refresh an index; `counted` is what had worn the old one when it was begun."""
+    keys = [owner.index, owner.physical_index("embedding", again=again), owner.meta, owner.searches]
+    outcome: bytes = await service.functions.call("rm_refresh_end_v1", keys, word, counted)
     return outcome
 
 
@@ -281,11 +282,12 @@ async def test_a_refreshed_index_is_parked_and_comes_back(service: Service, owne
 async def test_an_index_that_is_refreshed_is_not_parked(service: Service, owner: Owner) -> None:
     await filled(service, owner)
     await reweighed(service, owner)
-    word = await begin(service, owner)
-    assert not await service.indexes.park(owner, FUTURE_S)
+    await service.client.execute("HSET", owner.meta, "last_activity", 1000, "last_read", 1000)
+    word, before_s = await begin(service, owner), NOW_MS / 1000 - 1
+    assert not await service.indexes.park(owner, before_s)
     await reindex(service, owner, *range(COUNT))
     assert await end(service, owner, word) == b"OK"
-    assert await service.indexes.park(owner, FUTURE_S)
+    assert await service.indexes.park(owner, before_s)
 
 
 async def test_a_refreshed_user_moves_to_another_embedder(service: Service, owner: Owner) -> None:

@@ -7,6 +7,7 @@ from hashlib import sha1
 
 import pytest
 
+from redismem.errors import NotFound
 from redismem.keys import WEIGHTS, Owner
 from redismem.material import digest
 from redismem.service import Service
@@ -55,7 +56,16 @@ async def turn_put_over(service: Service, owner: Owner) -> None:
     await service.writer.put(owner, [MemoryInput(id="one", text="changed", session_id="s")])
 
 
+async def deleted(service: Service, owner: Owner) -> None:
+    """What is gone wears as much; what was not there does not."""
+    for name in ("m1", "m2"):
+        await service.writer.delete(owner, name)
+    with pytest.raises(NotFound):
+        await service.writer.delete(owner, "m1")
+
+
 async def turn_deleted(service: Service, owner: Owner) -> None:
+    """The turn after it loses its vector."""
     await service.writer.put(owner, TURNS)
     await service.writer.delete(owner, "one")
 
@@ -95,7 +105,8 @@ async def decayed(service: Service, owner: Owner) -> None:
         (corrected, 3),
         (embedded, 3),
         (turn_put_over, 2),
-        (turn_deleted, 1),
+        (deleted, 2),
+        (turn_deleted, 2),
         (assigned, 3),
         (linked, 1),
         (decayed, COUNT),

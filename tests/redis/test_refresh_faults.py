@@ -1,10 +1,11 @@
-"""What the making and moving of indexes does not withstand yet; each is to pass once its defect is gone."""
+"""Faults and races that the making, refreshing and moving of indexes withstands."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,6 @@ async def begun_again(service: Service, owner: Owner) -> bytes:
 # an index that is not whole passes for one -------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="rm_open takes the half-made index of a refresh for a whole one")
 async def test_the_index_lost_while_its_next_is_made_is_filled(service: Service, owner: Owner) -> None:
     await begun_again(service, owner)
     await service.client.execute("FT.DROPINDEX", owner.physical_index("embedding", again=True))
@@ -57,7 +57,6 @@ async def test_the_index_lost_while_its_next_is_made_is_filled(service: Service,
     assert len(await found_ids(service, owner)) == COUNT
 
 
-@pytest.mark.xfail(strict=True, reason="the doctor's repair opens the half-made index, too")
 async def test_the_doctor_repairs_while_the_next_index_is_made(service: Service, owner: Owner) -> None:
     await begun_again(service, owner)
     await service.client.execute("FT.DROPINDEX", owner.physical_index("embedding", again=True))
@@ -65,18 +64,15 @@ async def test_the_doctor_repairs_while_the_next_index_is_made(service: Service,
     assert len(await found_ids(service, owner)) == COUNT
 
 
-@pytest.mark.xfail(strict=True, reason="rm_refresh_end drops the index that serves when it is the new one")
 async def test_the_end_of_a_refresh_never_drops_the_index_that_serves(service: Service, owner: Owner) -> None:
     word = await begun_again(service, owner)
     await service.client.execute("FT.DROPINDEX", owner.physical_index("embedding", again=True))
     await service.indexes.open(owner)
     await reindex(service, owner, *range(COUNT))
-    keys = [owner.index, owner.physical_index("embedding"), owner.meta]
-    await service.functions.call("rm_refresh_end_v1", keys, word)
+    assert await end(service, owner, word, again=False) == b"STALE"
     assert await indexes(service) == {"embedding"}
 
 
-@pytest.mark.xfail(strict=True, reason="rm_refresh_begin does not look at the field of the vectors")
 async def test_a_refresh_that_read_before_a_move_makes_no_index_of_the_old_vectors(
     service: Service, owner: Owner
 ) -> None:
@@ -93,7 +89,6 @@ async def test_a_refresh_that_read_before_a_move_makes_no_index_of_the_old_vecto
 # wear that nobody counts -------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="a deleted memory wears the index as much and is not counted")
 async def test_deleting_leads_to_a_refresh(service: Service, owner: Owner) -> None:
     once = await scores_of_one_write(service, 20)
     await filled(service, owner)
@@ -103,7 +98,6 @@ async def test_deleting_leads_to_a_refresh(service: Service, owner: Owner) -> No
     assert await scores(service, owner) == once
 
 
-@pytest.mark.xfail(strict=True, reason="rm_settle indexes every memory of the new index anew, uncounted")
 async def test_who_moved_to_another_embedder_has_no_worn_index(service: Service, owner: Owner) -> None:
     once = await scores_of_one_write(service)
     await filled(service, owner)
@@ -112,18 +106,16 @@ async def test_who_moved_to_another_embedder_has_no_worn_index(service: Service,
     assert await scores(service, owner) == once
 
 
-@pytest.mark.xfail(strict=True, reason="rm_refresh_end sets the count to 0, whatever was written meanwhile")
 async def test_what_wears_the_new_index_while_it_is_made_is_counted(service: Service, owner: Owner) -> None:
     await filled(service, owner)
     await reweighed(service, owner)
     word = await begin(service, owner)
     await reindex(service, owner, *range(COUNT))
     await reweighed(service, owner, 20)
-    assert await end(service, owner, word) == b"OK"
+    assert await end(service, owner, word, COUNT) == b"OK"
     assert await counted(service, owner) == 20
 
 
-@pytest.mark.xfail(strict=True, reason="the count outlives the index that it is of")
 async def test_an_index_that_was_just_filled_is_not_worn(service: Service, owner: Owner) -> None:
     once = await scores_of_one_write(service)
     await filled(service, owner)
@@ -137,7 +129,6 @@ async def test_an_index_that_was_just_filled_is_not_worn(service: Service, owner
 # a refresh that never ends -----------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="rm_reindex passes over a hash without text that the old index holds")
 async def test_a_foreign_hash_without_text_stops_no_refresh(service: Service, owner: Owner) -> None:
     await filled(service, owner)
     await reweighed(service, owner)
@@ -145,7 +136,6 @@ async def test_a_foreign_hash_without_text_stops_no_refresh(service: Service, ow
     assert await service.indexes.refresh(owner)
 
 
-@pytest.mark.xfail(strict=True, reason="other services' memories are listed only if there are more than ids")
 async def test_an_id_whose_memory_another_service_deleted_stops_no_refresh(
     service: Service, owner: Owner
 ) -> None:
@@ -157,9 +147,6 @@ async def test_an_id_whose_memory_another_service_deleted_stops_no_refresh(
     assert len(await found_ids(service, owner)) == COUNT
 
 
-@pytest.mark.xfail(
-    strict=True, reason="rm_chill is BUSY while a refresh is dead, and parking is due before it"
-)
 async def test_an_idle_user_whose_refresh_died_is_parked(service: Service, owner: Owner) -> None:
     await filled(service, owner)
     await reweighed(service, owner)
@@ -177,7 +164,6 @@ async def test_an_idle_user_whose_refresh_died_is_parked(service: Service, owner
 # what is left behind -----------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="between switch and settling nothing names the refreshed index")
 async def test_forgetting_in_the_middle_of_a_move_drops_the_refreshed_index(
     service: Service, owner: Owner
 ) -> None:
@@ -194,7 +180,6 @@ async def test_forgetting_in_the_middle_of_a_move_drops_the_refreshed_index(
     assert await indexes(service) == set()
 
 
-@pytest.mark.xfail(strict=True, reason="a refresh changes every score, and cached searches stay")
 async def test_a_search_of_a_worn_index_is_not_remembered(tiered: Service, owner: Owner) -> None:
     await filled(tiered, owner)
     for number in range(COUNT):
@@ -215,9 +200,6 @@ async def test_a_search_of_a_worn_index_is_not_remembered(tiered: Service, owner
 # the same kind of race without any refresh -------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a filling opens the user again before its last look, even if forgotten"
-)
 async def test_a_filling_brings_no_forgotten_user_back(
     service: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,9 +207,9 @@ async def test_a_filling_brings_no_forgotten_user_back(
     assert await service.indexes.park(owner, FUTURE_S)
     opened, is_forgotten = service.indexes._opened, asyncio.Event()
 
-    async def late(owner: Owner) -> str:
+    async def late(*args: Any, **options: Any) -> str:
         await is_forgotten.wait()
-        return await opened(owner)
+        return await opened(*args, **options)
 
     assert not await service.indexes.open(owner)
     monkeypatch.setattr(service.indexes, "_opened", late)
@@ -239,7 +221,6 @@ async def test_a_filling_brings_no_forgotten_user_back(
     assert await indexes(service) == set()
 
 
-@pytest.mark.xfail(strict=True, reason="rm_open believes a caller who read the field before the switch")
 async def test_who_opens_a_user_late_does_not_undo_a_move(service: Service, owner: Owner) -> None:
     await filled(service, owner)
     following, dim, call = VECTOR_FIELDS[1], 64, service.functions.call

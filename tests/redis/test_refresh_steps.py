@@ -183,7 +183,7 @@ async def refreshed(service: Service, owner: Owner, before: Before, patch: pytes
         return await service.indexes.refresh(owner)
 
 
-@pytest.mark.parametrize("cut", [2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("cut", [2, 3, 4, 5, 6])
 async def test_a_refresh_may_end_at_any_step(
     service: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
@@ -205,7 +205,7 @@ async def test_a_refresh_may_end_at_any_step(
 
 
 @pytest.mark.parametrize("returns", [False, True])
-@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6])
 async def test_a_user_may_be_forgotten_at_any_step(
     service: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch, at: int, returns: bool
 ) -> None:
