@@ -215,7 +215,7 @@ class Gathering:
 
     async def _matches(self) -> SearchReply | None:
         parts = self._request.parts
-        is_wanted = parts.matches or parts.more or parts.deep or parts.history or parts.related
+        is_wanted = parts.matches or parts.more or parts.entities or parts.history or parts.related
         text = await self.text if is_wanted else ""
         return await self._look(match_request(text)) if text else None
 
