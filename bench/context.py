@@ -25,7 +25,7 @@ from typing import Any, Self
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from context_recall import settled
+from context_recall import SETTLE_S, settled
 from harness import Connection, empty_endpoint, percentiles, run, running_server, write_result
 from recall import load, questions, turns
 
@@ -40,7 +40,7 @@ REPLAYED = 4
 #: memories of each user: the turns before those that are replayed
 MEMORIES = 200
 #: seconds between the turns of one conversation
-PAUSE_S = (0.5, 1.5)
+PAUSE_S = (2.0, 6.0)
 #: searches a second of others
 OTHERS_PER_S = 10
 SEED = 7
@@ -119,6 +119,15 @@ async def fill(url: str, files: list[Path]) -> None:
             await load(http, user, parted(json.loads(path.read_text()))[0])
         for user, _ in users(files):
             await settled(http, user)
+
+
+async def rested(url: str) -> None:
+    """Wait until the worker has nothing to do."""
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+        for _ in range(SETTLE_S):
+            if not (await http.get("/v1/stats")).json()["jobs"]["due"]:
+                break
+            await asyncio.sleep(1)
 
 
 async def talk(url: str, user: str, said: list[dict[str, Any]], ends_s: float, seen: Seen, seed: int) -> None:
@@ -223,6 +232,7 @@ async def single(url: str, path: Path) -> dict[str, Any]:
     for part in ("deep", "history", "related"):
         configurations.pop(part)
     configurations |= {"all of 3 stages": {"stages": 3}, "all of 4 stages": {"stages": 4}}
+    plain = f"/v1/users/{path.stem}-0/search"
     with empty_endpoint(10) as empty:
         nothing = Connection(empty)
         for number in range(SINGLE):
@@ -232,6 +242,9 @@ async def single(url: str, path: Path) -> dict[str, Any]:
                 status, _ = await http.request("POST", f"/v1/users/{path.stem}-0/context", body)
                 times[name].append((time.perf_counter() - began_s) * 1000)
                 assert status == 200
+            began_s = time.perf_counter()
+            await http.request("POST", plain, {"text": f"{asked[number % len(asked)]} {number} plain"})
+            times["plain search"].append((time.perf_counter() - began_s) * 1000)
             began_s = time.perf_counter()
             await nothing.request("POST", "/", {})
             floor.append((time.perf_counter() - began_s) * 1000)
@@ -257,6 +270,7 @@ async def measure(arguments: argparse.Namespace, files: list[Path]) -> dict[str,
                 (("without", {"REDISMEM_PREFETCH": ""}), ("with prefetching", {})), 1
             ):
                 with running_server(REDISMEM_REDIS_URL=redis.url, **signals) as server:
+                    await rested(server.url)
                     figures[name] = await replay(server.url, files, run, arguments.seconds, embedder)
     figures["others_p95_ratio"] = round(
         figures["with prefetching"]["others"]["p95"] / figures["without"]["others"]["p95"], 3

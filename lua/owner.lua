@@ -6,6 +6,7 @@
 --   rm_open_v1    alias index meta [ids] | now_ms embedder dim vector_field, FT.CREATE arguments …
 --                 -> STALE: other vectors serve by now | OK | filling:<n>: the index exists and serves under its alias; filling: memories of before
 --                 are not in it yet; index each again (rm_reindex), then call rm_filled with that word
+--   rm_reopen_v1  the same -> GONE: the owner was forgotten | as rm_open
 --   rm_filled_v1  meta | filling:<n>  -> OK | STALE: the index was made anew meanwhile
 --   rm_chill_v1   meta graph0 graph1 | idle_before_s
 --                 -> GONE | BUSY | OK: drops the indexes of an owner who was not read or written since; the
@@ -49,6 +50,12 @@ local function open(keys, args)
     redis.call('HSET', meta, 'index_state', state)
   end
   return state or 'OK'
+end
+
+local function reopen(keys, args)
+  if not keys[3] then return misuse('rm_reopen alias index meta | …') end
+  if redis.call('HEXISTS', keys[3], 'index') == 0 then return 'GONE' end
+  return open(keys, args)
 end
 
 local function filled(keys, args)
@@ -124,6 +131,7 @@ local function forget(keys, args)
 end
 
 redis.register_function('rm_open_v1', open)
+redis.register_function('rm_reopen_v1', reopen)
 redis.register_function('rm_filled_v1', filled)
 redis.register_function('rm_chill_v1', chill)
 redis.register_function('rm_forget_v1', forget)

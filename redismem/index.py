@@ -172,19 +172,19 @@ class Indexes:
             task.cancel()
         await asyncio.gather(*self._fills.values(), return_exceptions=True)
 
-    async def _opened(self, owner: Owner) -> str:
+    async def _opened(self, owner: Owner, function: str = "rm_open_v1") -> str:
         state = b"STALE"
         while state == b"STALE":  # moved to another embedder since it was looked at
-            state = await self._opened_as_read(owner)
+            state = await self._opened_as_read(owner, function)
         return state.decode()
 
-    async def _opened_as_read(self, owner: Owner) -> bytes:
+    async def _opened_as_read(self, owner: Owner, function: str) -> bytes:
         field, name, dim = VECTOR_FIELDS[0], self._embedder.name, self._embedder.dim
         raw = await self._functions.client.execute("HMGET", owner.meta, "vector_field", "embedder", "dim")
         if all(raw):
             field, name, dim = raw[0].decode(), raw[1].decode(), int(raw[2])
         state: bytes = await self._functions.call(
-            "rm_open_v1",
+            function,
             [owner.index, owner.physical_index(field), owner.meta, owner.ids],
             *(int(time.time() * 1000), name, dim, field),
             *index_schema(owner, field, dim),
@@ -201,8 +201,8 @@ class Indexes:
     async def _filled(self, owner: Owner) -> None:
         try:
             for _ in range(_MAX_FILLS):
-                state = await self._opened(owner)
-                if state == "OK":
+                state = await self._opened(owner, "rm_reopen_v1")
+                if state in ("OK", "GONE"):
                     return
                 # newest first: what is asked for meanwhile is mostly about lately
                 ids = (await all_ids(self._functions.client, owner))[::-1]

@@ -11,6 +11,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+import numpy as np
+from numpy.typing import NDArray
+
 from redismem.client import Argument
 from redismem.codec import text_digest, vector_bytes
 from redismem.embed import Embedder
@@ -125,6 +128,10 @@ class QueryVectors:
         for text, vector in zip(texts, vectors, strict=True):
             self._keep(text, vector)
         return vectors
+
+    def keep(self, text: str, vector: NDArray[np.float32]) -> None:
+        """Keep the vector of a text that was embedded for something else; shape (dim,)."""
+        self._keep(text, vector_bytes(vector))
 
     def has_time(self, left_ms: float) -> bool:
         """Return whether an embedding may be made in time: unless as much was just too short, twice running.

@@ -46,8 +46,8 @@ from redismem.settings import Settings
 from redismem.types import NEVER_CACHED, SearchRequest, Timing
 from redismem.words import query_words
 
-#: candidates of each list before fusion: this many times the limit, within these bounds. The last one has 0 after
-#: min-max, so more of them would change the order of the best (decision D44)
+#: candidates of each list before fusion: this many times the limit, within these bounds. The last one has 0
+#: after min-max, so more of them would change the order of the best (decision D44)
 CANDIDATES_PER_HIT = 5
 MIN_CANDIDATES, MAX_CANDIDATES = 50, 100
 

@@ -179,7 +179,8 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         archive = Archive(functions, settings, embedder)
         jobs = Jobs(functions)
         writer = Writer(
-            functions, embedder, backfill, indexes, archive, coherence, jobs, log_length=settings.log_length
+            *(functions, embedder, backfill, indexes, archive, coherence, jobs, vectors),
+            log_length=settings.log_length,
         )
         views = Views(functions, jobs, coherence)
         worker = assembled_worker(settings, functions, embedder, indexes, jobs, coherence)

@@ -192,12 +192,13 @@ async def second(turn: Turn) -> None:
     if on_topic := await turn.fetched(["topics"], turn.work.on_topic):
         title, source = "On the current topic", on_topic.served_by
         await turn.show("topics", title, on_topic.memories, source, most=ON_TOPIC, tokens=ON_TOPIC_TOKENS)
+    is_late = matches is None and "matches" in turn.skipped
     loaded = {one: signal for one, signal, _ in opened.loaded if one in opened.memories}
     await turn.show(
         *("prefetched", "May be needed", [opened.memories[one].memory for one in loaded]),
         turn.opening_from,
-        most=PREFETCHED if matches else None,
-        tokens=PREFETCHED_TOKENS if matches else None,
+        most=None if is_late else PREFETCHED,
+        tokens=None if is_late else PREFETCHED_TOKENS,
         why=loaded,
     )
     await turn.show_more()

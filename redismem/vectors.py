@@ -7,7 +7,7 @@ against it is the mean of both cosines, at no cost to a search (decision D4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,17 @@ class Turn:
     previous: str | None = None
 
 
-async def turn_vectors(embedder: Embedder, turns: Sequence[Turn], *, urgent: bool = False) -> Vectors:
+async def turn_vectors(
+    embedder: Embedder,
+    turns: Sequence[Turn],
+    *,
+    urgent: bool = False,
+    keep: Callable[[str, Vectors], None] | None = None,
+) -> Vectors:
     """Return one unit row per turn; shape (len(turns), dim).
+
+    Args:
+        keep: told each text with the vector of it alone; shape (dim,).
 
     Raises:
         EmbedderUnavailable: the embedder cannot answer now.
@@ -37,6 +46,9 @@ async def turn_vectors(embedder: Embedder, turns: Sequence[Turn], *, urgent: boo
     texts += [f"{turns[i].previous}\n{turns[i].text}" for i in places]
     rows = await embedder.embed(texts, urgent=urgent)
     own = np.array(rows[: len(turns)])
+    if keep is not None:
+        for turn, row in zip(turns, own, strict=True):
+            keep(turn.text, row)
     own[places] += rows[len(turns) :]
     return unit(own)
 

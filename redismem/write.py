@@ -32,6 +32,7 @@ from redismem.jobs import Jobs
 from redismem.keys import VECTOR_FIELDS, Owner
 from redismem.lualib import Functions
 from redismem.query import epoch, packed_tags
+from redismem.queryvectors import QueryVectors
 from redismem.rules import RULES, Event, confidence_event
 from redismem.types import (
     CorrectionReply,
@@ -109,6 +110,7 @@ class Writer:
         archive: Archive,
         coherence: Coherence,
         jobs: Jobs,
+        vectors: QueryVectors,
         *,
         log_length: int,
         clock: Callable[[], float] = time.time,
@@ -120,6 +122,7 @@ class Writer:
         self._archive = archive
         self._coherence = coherence
         self._jobs = jobs
+        self._vectors = vectors
         self._browser = Browser(functions)
         self._log_length = log_length
         self._clock = clock
@@ -204,7 +207,11 @@ class Writer:
     async def _embed(self, records: list[_Record]) -> None:
         turns = [Turn(record.memory.text, record.prev_text) for record in records]
         try:
-            vectors = await turn_vectors(self._embedder, turns, urgent=len(turns) <= _URGENT_MEMORIES)
+            is_urgent = len(turns) <= _URGENT_MEMORIES
+            # what was just said is what a context is asked for next
+            is_said = is_urgent and all(record.memory.memory_type == "message" for record in records)
+            keep = self._vectors.keep if is_said else None
+            vectors = await turn_vectors(self._embedder, turns, urgent=is_urgent, keep=keep)
         except Unavailable:
             return  # stored without vectors; Backfill tries again
         for record, vector in zip(records, vectors, strict=True):

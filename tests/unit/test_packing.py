@@ -55,7 +55,8 @@ def sized(name: str, words: int) -> Memory:
 
 
 def opened(stage: int = 1, max_tokens: int = 4_000, template: str | None = None) -> Packer:
-    packer = Packer(Words(), max_tokens=max_tokens, template=template)
+    # with one stage, its bound is what it may be
+    packer = Packer(Words(), max_tokens=max_tokens, stages=1 if max_tokens < 500 else 4, template=template)
     packer.begin(stage)
     return packer
 
@@ -102,13 +103,17 @@ def test_every_stage_ends_at_its_bound_and_uses_what_was_left(max_tokens: int) -
     packer = Packer(Words(), max_tokens=max_tokens)
     for stage, most in STAGE_TOKENS.items():
         packer.begin(stage)
-        bound = min(most, max_tokens)
+        bound = most * max_tokens // STAGE_TOKENS[4]
         left = bound - packer.tokens_used
         assert packer.room == left
-        # the first stage leaves 100 of its tokens
+        # the first stage leaves a fifth of its tokens
         names = [f"{stage}-{number}" for number in range(400)]
         packer.add_memories(
-            "deep", "M", [sized(name, 10) for name in names], "l3", tokens=400 if stage == 1 else None
+            "deep",
+            "M",
+            [sized(name, 10) for name in names],
+            "l3",
+            tokens=4 * bound // 5 if stage == 1 else None,
         )
         used = packer.end(0).tokens
         assert used == packer.tokens_used
