@@ -217,7 +217,12 @@ class Gathering:
         parts = self._request.parts
         is_wanted = parts.matches or parts.more or parts.entities or parts.history or parts.related
         text = await self.text if is_wanted else ""
-        return await self._look(match_request(text)) if text else None
+        if not text:
+            return None
+        if self._sources.vectors.known(text):
+            # nothing to embed: the search would be in Redis before the first stage has left it
+            await asyncio.wait([self._tasks[name] for name in ("opening", "profile") if name in self._tasks])
+        return await self._look(match_request(text))
 
     async def _words(self) -> SearchReply | None:
         text = await self.text

@@ -16,7 +16,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from redismem.codec import widened
 from redismem.conversation import MessageInput
@@ -59,6 +60,9 @@ OLD_DAYS, UNIMPORTANT = 30, 0.5
 
 #: seconds of quiet after which what was typed is looked at
 DEBOUNCE_S = 0.15
+
+#: seconds that a message is left alone: its context, which mostly follows at once, must not wait for it
+ANSWER_S = 0.03
 
 #: texts being embedded for somebody who waits, from which on nothing is loaded ahead
 BUSY = 4
@@ -143,16 +147,17 @@ class Prefetcher:
         talk = self._talk(owner, session_id)
         self._cancel(talk, "message")
         self._cancel(talk, "typing")
-        if self._has_time(owner, "message"):
-            talk.task = self._begun(self._load(owner, session_id, talk, said[-1]), owner)
+        load = partial(self._load, owner, session_id, talk, said[-1])
+        talk.task = self._begun(self._later(owner, "message", talk, ANSWER_S, load))
 
-    def typed(self, owner: Owner, session_id: str, partial: str) -> None:
+    def typed(self, owner: Owner, session_id: str, text: str) -> None:
         """Load ahead for what is being typed, once it rests; returns at once. Newer text ends older."""
         if "typing" not in self._signals:
             return
         talk = self._talk(owner, session_id)
         self._cancel(talk, "typing")
-        talk.typing = self._begun(self._after_rest(owner, session_id, talk, partial))
+        load = partial(self._suggest, owner, session_id, talk, text)
+        talk.typing = self._begun(self._later(owner, "typing", talk, DEBOUNCE_S, load))
 
     def used(
         self, owner: Owner, session_id: str, ids: set[str], loaded: Sequence[Loaded] = ()
@@ -178,6 +183,23 @@ class Prefetcher:
             self._count(signal, "shed")
             return False
         return True
+
+    async def _later(
+        self,
+        owner: Owner,
+        signal: Literal["message", "typing"],
+        talk: _Talk,
+        delay_s: float,
+        load: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        """Begin to load after a while, if there is time then."""
+        await asyncio.sleep(delay_s)
+        if self._has_time(owner, signal):
+            task = self._begun(load(), owner)
+            if signal == "message":
+                talk.task = task
+            else:
+                talk.typing = task
 
     def _begun(self, work: Coroutine[Any, Any, None], owner: Owner | None = None) -> asyncio.Task[None]:
         """Begin to load; with an owner, in one of the lanes."""
@@ -212,14 +234,9 @@ class Prefetcher:
             await tiers.warm(owner, sorted(talk.shown)[: MOST_POINTED * MEMORIES])
         await self._keep(owner, session_id, talk, found)
 
-    async def _after_rest(self, owner: Owner, session_id: str, talk: _Talk, partial: str) -> None:
-        await asyncio.sleep(DEBOUNCE_S)
-        if self._has_time(owner, "typing"):
-            talk.typing = self._begun(self._suggest(owner, session_id, talk, partial), owner)
-
-    async def _suggest(self, owner: Owner, session_id: str, talk: _Talk, partial: str) -> None:
-        await self._vectors.made([partial], urgent=False)
-        request = SearchRequest(text=partial, limit=MEMORIES, query_type="suggestion")
+    async def _suggest(self, owner: Owner, session_id: str, talk: _Talk, text: str) -> None:
+        await self._vectors.made([text], urgent=False)
+        request = SearchRequest(text=text, limit=MEMORIES, query_type="suggestion")
         reply = await self._sources.tiers.look(owner, request)
         await self._keep(owner, session_id, talk, {"typing": reply.memories})
 
