@@ -161,9 +161,6 @@ async def test_a_reader_that_leaves_in_mid_stream_ends_its_context(start: Start)
     assert "Traceback" not in log_of(running)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="conversations._while_there: uvicorn logs the CancelledError as a failure"
-)
 async def test_a_client_that_leaves_before_its_json_leaves_no_error_in_the_log(start: Start) -> None:
     running = await start(embed_s=0.5)
     with pytest.raises(httpx.ReadTimeout):

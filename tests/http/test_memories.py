@@ -267,7 +267,7 @@ async def test_forgetting_leaves_no_key_and_no_index(http: httpx.AsyncClient, se
     await add(http, "bob", {"text": "memory of bob"})
     reply = await http.delete(of_user("alice"))
     assert reply.status_code == 200
-    assert reply.json() == {"memories": 7, "keys": 7 + 3}  # meta, log, turns
+    assert reply.json() == {"memories": 7, "keys": 7 + 4}  # meta, log, turns, fresh
     assert await service.client.execute("KEYS", "*{alice}*") == []
     assert not [name for name in await service.client.execute("FT._LIST") if b"alice" in name]
     assert await listed(http, "alice") == []

@@ -332,7 +332,8 @@ async def test_a_slow_embedder_does_not_hold_a_search_beyond_max_ms(
 async def test_waiting_searches_stop_no_read_or_write(gated_http: httpx.AsyncClient, gate: Gate) -> None:
     await add(gated_http, "alice", *LIFE)
     gate.open.clear()
-    waiting = [asyncio.create_task(found(gated_http, "alice", "cat")) for _ in range(20)]
+    # each its own text: one is embedded once for all who ask for it
+    waiting = [asyncio.create_task(found(gated_http, "alice", f"cat {i}")) for i in range(20)]
     await until("all searches wait", lambda: asyncio.sleep(0, gate.waiting == 20))
     async with asyncio.timeout(2):
         assert (await gated_http.get(of_user("alice", "memories", "cat"))).status_code == 200

@@ -39,14 +39,14 @@ async def test_the_most_recently_active_are_warm(tiered: Service) -> None:
     assert known == [True, False, False, False, True, True]
 
 
-async def test_hot_memories_come_before_the_newest(tiered: Service, owner: Owner) -> None:
+async def test_hot_memories_are_warmed_beside_the_newest(tiered: Service, owner: Owner) -> None:
     await tiered.writer.put(
         owner, [MemoryInput(id=f"m{i}", text=f"text {i}") for i in range(warm.NEWEST + 5)]
     )
     assert await tiered.warmer.warm(owner) == warm.NEWEST
     tiered.touches.add(owner, ["m0", "m1"])
     await tiered.touches.flush()
-    assert await tiered.warmer.warm(owner) == 2
+    assert await tiered.warmer.warm(owner) == warm.NEWEST + 2
     assert tiered.tiers.known_memory(owner, "m0") is not None
 
 
