@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -36,6 +37,7 @@ from redismem.settings import Settings
 from redismem.spacynames import load as load_spacy
 from redismem.store import check_server, claim
 from redismem.tiers import Tiers
+from redismem.timewindow import window
 from redismem.touches import Touches
 from redismem.types import SearchReply, SearchRequest, StatsReply
 from redismem.warm import Warmer
@@ -110,7 +112,7 @@ class Service:
     @asynccontextmanager
     async def kept_up(self) -> AsyncIterator[None]:
         """Warm up and maintain the store in the background of the block, as a process that serves does."""
-        tasks = [asyncio.create_task(self.warmer.start())]
+        tasks = [asyncio.create_task(self.warmer.start()), asyncio.create_task(asyncio.to_thread(self._load))]
         if self.settings.maintain_every_s:
             tasks.append(asyncio.create_task(self.maintenance.run(self.settings.maintain_every_s)))
         try:
@@ -119,6 +121,12 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _load(self) -> None:
+        """Load what is imported or built at its first use: a conversation must not wait for it."""
+        self.embedder.count_tokens(["tokens"])
+        if "time" in self.settings.signals:
+            window("yesterday", datetime.now(UTC))
 
     async def ping(self) -> None:
         """Return when Redis answers.

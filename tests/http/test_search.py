@@ -322,7 +322,8 @@ async def test_a_slow_embedder_does_not_hold_a_search_beyond_max_ms(
     assert 0.03 < time.monotonic() - started < 1
     body = hybrid.json() if path == SEARCH else hybrid.json()["results"][1]
     assert body["partial"] is True
-    assert "max_ms" in body["reason"]
+    # on busy cores Redis may be late too
+    assert "max_ms" in body["reason"] or "time budget" in body["reason"]
     assert [hit["id"] for hit in body["memories"]] == ["trip"]
     query: dict[str, object] = {"text": "Lisbon", "max_ms": 40, "search_mode": "semantic"}
     error = error_of(await gated_http.post(path, json=form(query)), 504)
