@@ -25,8 +25,8 @@ local SESSIONS = 6
 local MEMORIES = 300
 local TOPICS = 8
 local SAID = 20
--- pins and other memories of a session that are read
-local PINS, NAMED = 100, 60
+-- memories that are read: pins, those loaded for a session, those of the last session, others
+local PINS, LOADED, LAST, NAMED = 100, 30, 20, 60
 
 -- part: check
 -- part: derived
@@ -127,10 +127,10 @@ local function open(keys, args)
   local session = args[5] ~= '' and fields_of(keys[5]) or {}
   local last = last_session(keys, args)
   take(decoded(session.pins), PINS)
-  take(decoded(session.loaded), NAMED)
+  take(decoded(session.loaded), LOADED)
   take(decoded(important), NAMED)
-  take(decoded(last[5]), NAMED)
-  take(decoded(last[4]), NAMED)
+  take(decoded(last[5]), LAST)
+  take(decoded(last[4]), LAST)
   local newest = newest_count > 0 and redis.pcall('ZREVRANGE', keys[3], 0, newest_count - 1) or {}
   if newest.err then newest = {} end
   take(newest, newest_count)

@@ -227,8 +227,8 @@ async def test_what_is_read_is_bounded(service: Service, sessions: Sessions, own
     await service.client.execute("HSET", owner.profile, "important_memory_ids", important)
     found = await opened(service, owner, "s", newest=100)
     assert len(found.newest) == 100
-    # pins, then 60 each of what was loaded and what is important, then of the newest what is left of 300
-    assert set(found.memories) == {*ids[:100], *ids[100:160], *ids[170:230], *ids[270:]}
+    # pins, 30 of what was loaded, 60 of what is important, the newest
+    assert set(found.memories) == {*ids[:100], *ids[100:130], *ids[170:230], *ids[250:]}
     assert await service.backfill.drained(10)
 
 
