@@ -1,6 +1,6 @@
 """Keeps L1 true in every process: pushed invalidations, a lease, and the barrier of strong writes.
 
-One connection a process listens. Redis pushes on it the key of every memory that anyone writes
+One connection a process listens. Redis pushes on it the key of every memory, profile and session that changes
 (`CLIENT TRACKING ON BCAST`, redirected to the connection itself, so that the tracking cannot be lost
 while the connection lives), our processes' barriers, and this process's own heartbeats.
 

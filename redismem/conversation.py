@@ -28,6 +28,9 @@ from redismem.types import Consistency, PutOutcome, min_generation
 MAX_MESSAGES = 100
 MAX_CONTEXTS = 20
 
+#: entities that a request may name: each costs a search
+MAX_ENTITIES = 10
+
 #: seconds a session lives without a message at least and at most
 MIN_TTL_S, MAX_TTL_S = 60, 30 * 86_400
 
@@ -177,7 +180,8 @@ class ContextRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defa
     the bounds of the stages. After `max_ms` the answer is what there is; what was late is loaded for the next
     turn of the session. `entities` are names that the text is about, in place of those found in it.
     `template` is the text to return, with `{profile}`, `{session}`, `{memories}`, `{topics}`, `{entities}`,
-    `{context}` where they shall stand. `min_version`, `consistency`: as for a search.
+    `{context}` where they shall stand. `min_version`, `consistency`: as for a search, for memories; the
+    profile may be older.
     """
 
     text: Text | None = None
@@ -186,7 +190,7 @@ class ContextRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defa
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = MAX_TOKENS
     max_ms: Annotated[int, Meta(ge=1, le=60_000)] | None = None
     parts: ContextParts = field(default_factory=ContextParts)
-    entities: Names = field(default_factory=list)
+    entities: Annotated[list[Name], Meta(max_length=MAX_ENTITIES)] = field(default_factory=list)
     template: Annotated[str, Meta(min_length=1, max_length=MAX_TEMPLATE_CHARS)] | None = None
     consistency: Consistency = "eventual"
     min_version: Annotated[int, Meta(ge=0, le=2**53)] | None = None

@@ -280,7 +280,8 @@ class Gathering:
         return await self._look(SearchRequest(text=text, limit=DEEP, query_type="verification"))
 
     async def _around(self) -> Around:
-        matches = await self.matches
+        parts = self._request.parts
+        matches = await self.matches if parts.history or parts.related else None
         ids = [hit.id for hit in matches.memories[:CENTRES]] if matches else []
         return await around(self._sources.functions, self._owner, ids)
 

@@ -116,7 +116,7 @@ class Turn:
             self.reason = self.reason or reason
             self.is_partial = True
 
-    async def tell(self, part: Part, title: str, told: Derived | None, tokens: int) -> None:
+    def tell(self, part: Part, title: str, told: Derived | None, tokens: int) -> None:
         """Add a derived text, if it is wanted."""
         if told and told.text and self.wants(part):
             most = int(tokens * self.packer.scale)
@@ -154,10 +154,10 @@ async def first(turn: Turn) -> None:
     if turn.wants("profile"):
         found = await turn.work.profile
         told = Derived("", found.profile.context_summary, (PROFILE_ID, *found.sources))
-        await turn.tell("profile", "About the user", told, PROFILE_TOKENS)
+        turn.tell("profile", "About the user", told, PROFILE_TOKENS)
     if opened.last:
         told = Derived("", opened.last.summary, opened.last.sources)
-        await turn.tell("session", "Last session", told, SESSION_TOKENS)
+        turn.tell("session", "Last session", told, SESSION_TOKENS)
     why = _immediate(turn, opened)
     best = order([placed.memory for placed in opened.memories.values()], turn.now_s)
     pinned = [one for one in best if why.get(one.id) == "pinned"]
@@ -188,7 +188,7 @@ async def second(turn: Turn) -> None:
         await turn.show("matches", "Relevant memories", matches.memories, matches.served_by, most=BEST)
     opened = await turn.opened()
     for topic in opened.topics[:TOPICS]:
-        await turn.tell("topics", f"Current topic: {topic.name}", topic, TOPIC_TOKENS)
+        turn.tell("topics", f"Current topic: {topic.name}", topic, TOPIC_TOKENS)
     if on_topic := await turn.fetched(["topics"], turn.work.on_topic):
         title, source = "On the current topic", on_topic.served_by
         await turn.show("topics", title, on_topic.memories, source, most=ON_TOPIC, tokens=ON_TOPIC_TOKENS)
@@ -210,7 +210,7 @@ async def third(turn: Turn) -> None:
         for one in await turn.fetched(["entities"], turn.work.entities) or ():
             name = one.entity.name
             turn.entities.append(name)
-            await turn.tell("entities", f"About {name}", one.summary, ENTITY_TOKENS)
+            turn.tell("entities", f"About {name}", one.summary, ENTITY_TOKENS)
             why = {hit.id: name for hit in one.memories}
             title, source = f"Mentions {name}", one.served_by
             await turn.show("entities", title, one.memories, source, tokens=OF_ENTITY_TOKENS, why=why)

@@ -372,6 +372,23 @@ async def test_without_a_session_nothing_goes_on_after_its_time(
     assert not either.l1._tickets
 
 
+async def test_the_texts_of_a_batch_are_embedded_together(http: httpx.AsyncClient, gate: Gate) -> None:
+    gate.open.clear()
+    wanted = {"contexts": [{"text": f"question {i}", "parts": only("matches")} for i in range(5)]}
+    asking = asyncio.create_task(http.post(of_user("ada", "context", "batch"), json=wanted))
+    await until("the embedder is asked", lambda: asyncio.sleep(0, gate.waiting))
+    await asyncio.sleep(0.05)  # whoever embeds for itself has begun by now
+    assert gate.waiting == 1
+    gate.open.set()
+    assert len((await asking).json()["contexts"]) == 5
+
+
+async def test_more_than_ten_entities_are_refused(http: httpx.AsyncClient) -> None:
+    body = {"text": "hello", "entities": [f"n{i}" for i in range(11)]}
+    error = error_of(await http.post(of_user("ada", "context"), json=body), 422)
+    assert error["field"] == "entities"
+
+
 async def test_an_embedder_that_is_away_leaves_words(http: httpx.AsyncClient, gate: Gate) -> None:
     await add(http, "ada", {"id": "m", "text": "the canoe is green"})
     gate.away = True

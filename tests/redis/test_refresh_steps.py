@@ -40,7 +40,7 @@ async def test_no_search_misses_a_memory_meanwhile(
     """Between any two calls of a refresh a memory comes, one goes, one changes, and all are found."""
     await filled(service, owner)
     await reweighed(service, owner)
-    monkeypatch.setattr(index, "_SLICE", 8)
+    monkeypatch.setattr(index, "_REFRESHED", 8)
     wanted, steps = {f"m{i}" for i in range(COUNT)}, list[str]()
     call, is_mine = service.functions.call, False
 
@@ -177,7 +177,7 @@ async def refreshed(service: Service, owner: Owner, before: Before, patch: pytes
         return step
 
     with patch.context() as within:
-        within.setattr(index, "_SLICE", 20)
+        within.setattr(index, "_REFRESHED", 20)
         within.setattr(type(service.client), "execute", staticmethod(stepping(execute)))
         within.setattr(type(service.client), "pipeline", staticmethod(stepping(pipeline)))
         return await service.indexes.refresh(owner)
