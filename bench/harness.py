@@ -14,25 +14,29 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 import uvloop
 from redis import Redis
+from redis.exceptions import RedisError
 
 T = TypeVar("T")
 
 #: words of the sample life that ships with the package, the frequent ones often: natural to a tokenizer
 _LIFE = Path(__file__).parent.parent / "redismem" / "data" / "sample_life.jsonl"
-VOCABULARY = re.findall(r"[a-z]+", " ".join(json.loads(line)["text"] for line in _LIFE.open()).lower())
+VOCABULARY = re.findall(
+    r"[a-z]+", " ".join(json.loads(line)["text"] for line in _LIFE.read_text().splitlines()).lower()
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -296,10 +300,86 @@ def cpu_ms(server: Server) -> Counter[str]:
 
 
 def _cpu_s(pid: int) -> float:
-    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    own_s = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-    return own_s + sum(_cpu_s(int(child)) for child in children.split())
+    return sum(_own_cpu_s(one) for one in processes(pid))
+
+
+def _own_cpu_s(pid: int) -> float:
+    with suppress(OSError):  # it ended meanwhile
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def processes(pid: int) -> list[int]:
+    """Return a process and all that it started, directly or not, and that still run."""
+    found = [pid]
+    for parent in found:  # grows meanwhile
+        with suppress(OSError):
+            for path in Path(f"/proc/{parent}/task").glob("*/children"):
+                found += map(int, path.read_text().split())
+    return found
+
+
+def _rss_bytes(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+class Watch(threading.Thread):
+    """Looks every few seconds at what the processes of a service and its Redis use; a context manager.
+
+    Args:
+        pid: of the service; None: not known.
+        redis_url: of its Redis; None: not known.
+
+    Cost: about 2 ms a look, beside the thread that sends.
+    """
+
+    def __init__(self, pid: int | None, redis_url: str | None, every_s: float) -> None:
+        super().__init__(daemon=True)
+        self._pid, self._every_s = pid, every_s
+        self._redis = Redis.from_url(redis_url) if redis_url else None
+        self._ending = threading.Event()
+        #: at_s since the begin; RSS of the service (all its processes, shared pages in each) and of Redis,
+        #: what Redis counts as used; CPU seconds so far of service, Redis and this process
+        self.rows: list[dict[str, float | None]] = []
+
+    def __enter__(self) -> Self:
+        self._began_s = time.perf_counter()
+        self._look()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self.join()
+        self._look()
+        if self._redis is not None:
+            self._redis.close()
+
+    def run(self) -> None:
+        while not self._ending.wait(self._every_s):
+            self._look()
+
+    def _look(self) -> None:
+        redis_pid, used = None, None
+        if self._redis is not None:
+            with suppress(RedisError):
+                info = self._redis.info("everything")
+                redis_pid, used = int(info["process_id"]), info["used_memory"]
+        service = [pid for pid in processes(self._pid) if pid != redis_pid] if self._pid else []
+        self.rows.append(
+            {
+                "at_s": round(time.perf_counter() - self._began_s, 2),
+                "service_rss_bytes": sum(map(_rss_bytes, service)) if service else None,
+                "redis_rss_bytes": _rss_bytes(redis_pid) if redis_pid else None,
+                "redis_used_bytes": used,
+                "service_cpu_s": round(sum(map(_own_cpu_s, service)), 2) if service else None,
+                "redis_cpu_s": round(_own_cpu_s(redis_pid), 2) if redis_pid else None,
+                "generator_cpu_s": round(time.process_time(), 2),
+            }
+        )
 
 
 def sentences(count: int, seed: int, words: tuple[int, int] = (8, 20)) -> list[str]:
@@ -325,8 +405,8 @@ def percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
     return {**{name: round(value, 3) for name, value in ranks.items()}, "n": len(ordered)}
 
 
-def write_result(name: str, figures: dict[str, Any], data: bytes = b"") -> Path:
-    """Write bench/results/<name>.json with the figures and the circumstances; return its path."""
+def write_result(name: str, figures: dict[str, Any], data: bytes = b"", path: Path | None = None) -> Path:
+    """Write the figures and the circumstances; return the path, bench/results/<name>.json unless given."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
@@ -343,7 +423,8 @@ def write_result(name: str, figures: dict[str, Any], data: bytes = b"") -> Path:
         "data_sha256": hashlib.sha256(data).hexdigest() if data else None,
         **figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    if path is None:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

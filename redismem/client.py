@@ -5,6 +5,7 @@ A process has two connections: what is long must not stand in front of a search.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from redis import exceptions as foreign
 from redismem.errors import Misconfigured, RedisMemError, RedisUnavailable, StoreError, WritesRefused
 from redismem.lane import Lane
 from redismem.settings import Settings
+from redismem.trace import current
 
 Argument = str | bytes | int | float
 
@@ -91,10 +93,15 @@ class Client:
 
     async def _replies(self, call: bytes, count: int) -> list[Any]:
         is_fast = count <= MAX_FAST_COMMANDS and len(call) <= MAX_FAST_BYTES
+        trace, began_s = current.get(), time.perf_counter()
         try:
             return await (self._fast if is_fast else self._bulk).call(call, count)
         except foreign.RedisError as exc:
             raise ours(exc) from exc
+        finally:
+            if trace is not None:
+                trace.round_trips += 1
+                trace.add("redis", began_s)
 
 
 def packed(commands: Iterable[Sequence[Argument]]) -> bytes:
@@ -120,17 +127,33 @@ def ours(exc: foreign.RedisError) -> RedisMemError:
 
     redis-py has classes for some of Redis's error codes, and takes the code off their text.
     """
-    kind, text = type(exc).__name__, str(exc)
+    text = str(exc)
     if isinstance(exc, _REFUSED):
         error: RedisMemError = Misconfigured(f"Redis refused the credentials of REDISMEM_REDIS_URL: {exc}")
     elif isinstance(exc, _READ_ONLY) or text.startswith(("MISCONF", "NOREPLICAS")) or "OOM command" in text:
-        error = WritesRefused(f"Redis cannot answer now ({kind}): {exc}")
+        error = WritesRefused(f"Redis cannot answer now: {_why_read_only(exc, text)}; reads go on")
     elif isinstance(exc, _AWAY) or text.startswith(("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")):
-        error = RedisUnavailable(f"Redis cannot answer now ({kind}): {exc}")
+        error = RedisUnavailable(f"Redis cannot answer now: {_why_away(exc)}")
     elif "Function not found" in text:
         error = FunctionMissing(text)
     elif isinstance(exc, foreign.ResponseError):
         error = StoreError(f"Redis: {text}")
     else:
         error = StoreError(f"redis-py: {exc}")
+    if isinstance(error, RedisUnavailable):
+        error.detail = f"{type(exc).__name__}: {text}"
     return error
+
+
+def _why_read_only(exc: foreign.RedisError, text: str) -> str:
+    if isinstance(exc, foreign.OutOfMemoryError) or "OOM command" in text:
+        return "it is out of memory"
+    if text.startswith("MISCONF"):
+        return "it cannot save to its disk"
+    return "it takes no writes"
+
+
+def _why_away(exc: foreign.RedisError) -> str:
+    if isinstance(exc, foreign.TimeoutError):
+        return "it did not answer in time"
+    return "it cannot be reached" if type(exc) is foreign.ConnectionError else "it is not ready"

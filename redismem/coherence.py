@@ -1,8 +1,9 @@
 """Keeps L1 true in every process: pushed invalidations, a lease, and the barrier of strong writes.
 
-One connection a process listens. Redis pushes on it the key of every memory, profile and session that changes
-(`CLIENT TRACKING ON BCAST`, redirected to the connection itself, so that the tracking cannot be lost
-while the connection lives), our processes' barriers, and this process's own heartbeats.
+One connection a process listens. Redis pushes on it the key of every memory, profile and session that
+changes, and that of the API keys (`CLIENT TRACKING ON BCAST`, redirected to the connection itself, so that
+the tracking cannot be lost while the connection lives), our processes' barriers, and this process's own
+heartbeats.
 
 **Lease.** A heartbeat carries the moment it was sent. When it comes back on that connection, everything
 pushed before it has been handled, so L1 misses nothing that is older than that moment. L1 may answer
@@ -42,6 +43,8 @@ from redis.asyncio.connection import Connection, parse_url
 from redismem.client import Argument, Client, translated
 from redismem.errors import RedisMemError
 from redismem.keys import (
+    API_KEYS,
+    API_KEYS_ID,
     COHERENCE_CHANNEL,
     LEASES,
     MEMORY_PREFIX,
@@ -57,6 +60,7 @@ from redismem.keys import (
 from redismem.l1 import L1, Entry
 from redismem.rules import RULES, Event
 from redismem.settings import MAX_LEASE_S
+from redismem.trace import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +214,8 @@ class Coherence:
             self._rounds = self._spawn(self._run_rounds())
         try:
             async with asyncio.timeout(MAX_LEASE_S + _MARGIN_S / 10):
-                await done
+                with waiting("barrier"):
+                    await done
         except TimeoutError:
             self.counts["barrier_timeouts"] += 1
 
@@ -289,7 +294,8 @@ class Coherence:
             await connection.connect()
             facts = await command("INFO", "server", "persistence")
             own_id = await command("CLIENT", "ID")
-            prefixes = ("PREFIX", MEMORY_PREFIX, "PREFIX", PROFILE_PREFIX, "PREFIX", SESSION_PREFIX)
+            watched = (MEMORY_PREFIX, PROFILE_PREFIX, SESSION_PREFIX, API_KEYS)
+            prefixes = [word for prefix in watched for word in ("PREFIX", prefix)]
             await command("CLIENT", "TRACKING", "ON", "REDIRECT", own_id, "BCAST", *prefixes)
             channels = (_INVALIDATE.decode(), COHERENCE_CHANNEL, self._channel(self.id))
             await connection.send_command("SUBSCRIBE", *channels, check_health=False)
@@ -349,6 +355,8 @@ class Coherence:
                 self._l1.invalidate(tag, (PROFILE_ID,))
             elif session := split_session_key(key):
                 self._l1.invalidate(session[0], (session_mark(session[1]),))
+            elif key == API_KEYS:
+                self._l1.invalidate("", (API_KEYS_ID,))
 
     def _drop(self, tag: str, ids: Iterable[str] | None) -> None:
         if ids is None:

@@ -5,9 +5,10 @@ A check whose ground is missing (no Redis, no embedder) is left out: the finding
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from secrets import token_hex
@@ -18,7 +19,7 @@ from msgspec import Struct
 from redismem.archive import Archive
 from redismem.client import Client
 from redismem.embed import Embedder, open_embedder
-from redismem.errors import RedisMemError, StoreError
+from redismem.errors import Misconfigured, RedisMemError, StoreError
 from redismem.index import Indexes
 from redismem.jobs import Jobs
 from redismem.keys import STORE, VECTOR_FIELDS, Owner
@@ -42,6 +43,9 @@ _NAMED = 5
 
 #: seconds that a due job may wait before somebody should look
 _LATE_S = 300
+
+#: seconds in which the push connection of the round trip should stand
+_LISTEN_S = 2.0
 
 _REEMBED = "run `redismem reembed`"
 _REPAIR = "run `redismem doctor --repair`"
@@ -128,7 +132,7 @@ def _failing(found: list[Finding], name: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except RedisMemError as exc:
-        found.append(Finding(name=name, status="fail", seen=exc.message, remedy=remedy))
+        found.append(Finding(name=name, status="fail", seen=f"{exc.message} {exc.detail}".strip(), remedy=remedy))
 
 
 async def _embedding(embedder: Embedder) -> Finding:
@@ -166,7 +170,7 @@ async def _persistence(client: Client) -> list[Finding]:
     info = dict(line.split(":", 1) for line in lines if ":" in line)
     try:
         save = (await client.execute("CONFIG", "GET", "save"))[1].decode()
-    except (StoreError, IndexError):  # managed servers hide CONFIG
+    except (StoreError, Misconfigured, IndexError):  # managed servers hide CONFIG, ACLs may forbid it
         save = None
     return [_durability(info, save), _eviction(info)]
 
@@ -361,6 +365,9 @@ async def _round_trip(client: Client, embedder: Embedder, settings: Settings) ->
     owner = Owner(token_hex(8), DOCTOR_NAMESPACE)
     request = SearchRequest(text="Where does the doctor keep the stethoscope?", limit=1)
     async with assembled(settings, client, embedder) as service:
+        with suppress(TimeoutError):  # a delete would wait for a process that cannot hear it yet
+            async with asyncio.timeout(_LISTEN_S):
+                await service.coherence.lived()
         try:
             moments = [time.perf_counter()]
             memory = MemoryInput(text="The doctor keeps the stethoscope in the blue cupboard.")

@@ -3,13 +3,17 @@
 RedisMemError
 ├── InvalidInput            422  a field has a wrong value
 │   └── MalformedBody       400  the body is not the JSON it claims to be
+├── Unauthorized            401  no valid API key
+├── Forbidden               403  the API key does not allow it
 ├── PayloadTooLarge         413  the body is larger than the limit
+├── RateLimited             429  the API key asks too often
 ├── NotFound                404  no such memory
 ├── Conflict                409  the request contradicts what is stored
 ├── VersionMismatch         412  If-Match names an older version
 ├── Unavailable             503  try again: Redis or the embedder cannot answer now
 │   ├── RedisUnavailable
 │   │   └── WritesRefused   …    it answers reads only
+│   ├── Overloaded          …    too much is asked at once
 │   ├── EmbedderUnavailable
 │   └── IndexMissing
 ├── DeadlineExceeded        504  the time budget ended before an answer
@@ -32,6 +36,8 @@ class RedisMemError(Exception):
 
     status = 500
     code = "internal"
+    #: what else an operator should know, such as an address; for logs and the shell, not for callers
+    detail = ""
     #: of the reply that carried it, where it came from a service
     request_id: str | None = None
 
@@ -60,6 +66,20 @@ class MalformedBody(InvalidInput):
 
     status = 400
     code = "malformed"
+
+
+class Unauthorized(RedisMemError):
+    """No API key, or none that is valid; it does not say which."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(RedisMemError):
+    """The API key does not allow that; it does not say why."""
+
+    status = 403
+    code = "forbidden"
 
 
 class PayloadTooLarge(RedisMemError):
@@ -96,6 +116,20 @@ class Unavailable(RedisMemError):
     status = 503
     code = "unavailable"
     retry_after_s = 1
+
+
+class RateLimited(RedisMemError):
+    """The API key asks more often than it may: wait for the seconds of Retry-After."""
+
+    status = 429
+    code = "rate_limited"
+    retry_after_s = 1
+
+
+class Overloaded(Unavailable):
+    """More is asked at once than can be answered in time: try again, not all at once."""
+
+    code = "overloaded"
 
 
 class RedisUnavailable(Unavailable):

@@ -66,10 +66,30 @@ JOBS_DEAD = "redismem:jobs:dead"
 #: hash of memory types -> weights by age in days, as JSON; lua/derive.lua decays importance by it
 WEIGHTS = "redismem:weights"
 
+#: hash of API keys: id -> JSON, without the secret
+API_KEYS = "redismem:keys"
+
+#: stands for the API keys where L1 is told what changed; they belong to nobody
+API_KEYS_ID = "*"
+
+#: of the history of counts; the tag keeps it on one slot
+SERIES_PREFIX = "redismem:series:{ops}:"
+
 
 def embedding_key(model: str, digest: str) -> str:
     """Return the key of a cached query vector; `digest` is hexadecimal."""
     return f"redismem:embed:{_encoded(model)}:{digest}"
+
+
+def rate_key(key_id: str) -> str:
+    """Return the key of what an API key may still take."""
+    return f"redismem:rate:{key_id}"
+
+
+def series_keys(moment_s: float) -> tuple[str, str]:
+    """Return the keys of the counts of the minute and the day of a moment, epoch seconds in UTC."""
+    minute = int(moment_s) // 60
+    return f"{SERIES_PREFIX}m:{minute}", f"{SERIES_PREFIX}d:{minute // (60 * 24)}"
 
 
 def split_memory_key(key: str) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """The only place that keeps answers inside the process.
 
-Pure: time comes in as monotonic seconds, and nothing waits. An owner is a hash tag; embeddings have "".
+Pure: time comes in as monotonic seconds, and nothing waits. An owner is a hash tag; embeddings and API keys
+have "".
 
 Coherence. A reader opens a ticket before it asks Redis and fills with it afterwards. Open tickets note what
 is invalidated of their owner meanwhile, whether or not anything was found, so an answer that Redis gave
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Literal, get_args
 
-Kind = Literal["search", "memory", "profile", "context", "embedding"]
+Kind = Literal["search", "memory", "profile", "context", "embedding", "key"]
 Key = bytes | str
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -300,14 +301,15 @@ class L1:
         self._rebuild_heap()
 
     def stats(self) -> dict[str, dict[str, int]]:
-        """Return by kind, and under `total`, what is held and what has happened.
+        """Return by kind, and under `total` (API keys aside), what is held and what has happened.
 
         Returns:
             entries, bytes, hits, misses; entries that left as evictions, expirations, invalidations (a
             replaced entry is none of these); refused: fills with a void ticket.
         """
         kinds: dict[str, dict[str, int]] = {kind: shelf.stats() for kind, shelf in self._shelves.items()}
-        total = {name: sum(counted[name] for counted in kinds.values()) for name in kinds["search"]}
+        users = [counted for kind, counted in kinds.items() if kind != "key"]
+        total = {name: sum(counted[name] for counted in users) for name in kinds["search"]}
         return {**kinds, "total": total}
 
     def _store(self, entry: Entry) -> bool:

@@ -15,6 +15,7 @@ import logging
 import random
 from collections import deque
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, cast
@@ -23,7 +24,7 @@ from redis import exceptions as foreign
 from redis.asyncio.connection import Connection, parse_url
 
 from redismem.circuit import Circuit
-from redismem.errors import RedisUnavailable
+from redismem.errors import Misconfigured, RedisUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Lane:
 
     def __init__(self, url: str, *, timeout_s: float, max_in_flight: int) -> None:
         self._options = {name: value for name, value in parse_url(url).items() if name not in _OF_POOLS}
+        _check(self._options)
         self._timeout_s = timeout_s
         #: between two looks of the watchdog; it may be two looks late
         self._look_s = timeout_s / 8
@@ -108,7 +110,10 @@ class Lane:
         if len(self._waiting) >= self._max_in_flight or self._waiting_bytes > MAX_WAITING_BYTES:
             raise RedisUnavailable("too many calls wait for Redis")
         if self._runner is None:
-            self._runner = asyncio.create_task(self._run(), name="redismem-lane")
+            # it outlives the request that happens to be the first
+            self._runner = asyncio.get_running_loop().create_task(
+                self._run(), name="redismem-lane", context=Context()
+            )
             self._runner.add_done_callback(self._ended)
         loop = asyncio.get_running_loop()
         call = _Call(packed, count, loop.create_future(), monotonic())
@@ -258,6 +263,15 @@ class Lane:
                 if call.since_s <= late_s:
                     call.fail(self._late)
         self._watchdog = asyncio.get_running_loop().call_later(self._look_s, self._look, is_late)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raise Misconfigured when a URL has an option that its kind of connection does not take."""
+    kind = options.get("connection_class", Connection)
+    try:
+        kind(**{name: value for name, value in options.items() if name != "connection_class"})
+    except TypeError as exc:
+        raise Misconfigured(f"REDISMEM_REDIS_URL has an option that does not fit its scheme: {exc}") from exc
 
 
 def _copied(error: foreign.RedisError) -> foreign.RedisError:

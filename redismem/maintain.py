@@ -87,6 +87,7 @@ class Round(msgspec.Struct, kw_only=True):
     at_s: float = 0.0
     took_s: float = 0.0
     users: int = 0
+    memories: int = 0
     graphs: int = 0
     parked: int = 0
     filling: int = 0
@@ -145,6 +146,7 @@ class Maintenance:
         self._settings = settings
         self._warm = warm
         self._clock = clock
+        self._building_from_s: float | None = None
 
     async def run(self, every_s: float) -> None:
         """Make a round every so many seconds until cancelled; whatever goes wrong waits for the next."""
@@ -195,11 +197,23 @@ class Maintenance:
     @staticmethod
     def _count(report: Round, facts: Facts) -> None:
         report.users += 1
+        report.memories += facts.memories
         report.graphs += facts.has_graph
         report.parked += facts.index_state == "cold"
         report.filling += facts.index_state.startswith("filling")
 
+    def building_s(self) -> float:
+        """Return for how many seconds this process has worked on one user's index; 0: it does not."""
+        return 0.0 if self._building_from_s is None else time.monotonic() - self._building_from_s
+
     async def _act(self, owner: Owner, action: Action) -> bool:
+        self._building_from_s = time.monotonic()
+        try:
+            return await self._acted(owner, action)
+        finally:
+            self._building_from_s = None
+
+    async def _acted(self, owner: Owner, action: Action) -> bool:
         match action:
             case "complete":
                 is_done = await self._indexes.complete(owner, None)

@@ -20,6 +20,7 @@ from redismem.embed import Embedder
 from redismem.flight import Abandoned, Flight
 from redismem.keys import embedding_key
 from redismem.l1 import L1
+from redismem.trace import waiting
 
 #: seconds for which a time that was too short for an embedding is not tried again
 _REFUSING_S = 1.0
@@ -115,7 +116,8 @@ class QueryVectors:
     async def _embedded_now(self, texts: list[str], *, urgent: bool) -> list[bytes]:
         started_s = time.monotonic()
         try:
-            rows = await self._embedder.embed(texts, urgent=urgent)
+            with waiting("embed"):
+                rows = await self._embedder.embed(texts, urgent=urgent)
         except asyncio.CancelledError:  # the caller gave up
             if not urgent:
                 raise

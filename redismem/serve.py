@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import logging.config
 import multiprocessing
@@ -15,7 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -25,7 +25,10 @@ from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
 from redismem.errors import Misconfigured
 from redismem.http.app import end_with_parent
+from redismem.keys import API_KEYS
+from redismem.logs import log_config
 from redismem.lualib import load_libraries
+from redismem.metrics import share
 from redismem.service import open_client, open_service
 from redismem.settings import Settings
 from redismem.store import check_server, claim
@@ -42,20 +45,12 @@ _NICE = 10
 logger = logging.getLogger(__name__)
 
 
-def run_service(settings: Settings, *, insecure: bool) -> bool:
+def run_service(settings: Settings) -> bool:
     """Serve until SIGTERM or Ctrl-C; return whether it failed, which uvicorn has logged.
-
-    Args:
-        insecure: listen where other machines reach it, although there are no API keys.
 
     Raises:
         Misconfigured, EmbedderMismatch, Unavailable: it cannot start like this.
     """
-    if not (insecure or _is_loopback(settings.host)):
-        raise Misconfigured(
-            f"{settings.host} can be reached from other machines, and there are no API keys yet: "
-            "listen on 127.0.0.1 (behind a proxy that asks for a key), or add --insecure."
-        )
     if settings.workers > 1 and "REDISMEM_EMBEDDER_THREADS" not in os.environ:
         share = max(1, (os.cpu_count() or 1) // settings.workers)
         settings = replace(settings, embedder_threads=min(settings.embedder_threads, share))
@@ -70,9 +65,13 @@ def run_service(settings: Settings, *, insecure: bool) -> bool:
 
 
 def _serve_on(runner: asyncio.Runner, trying: asyncio.Task[Embedder], settings: Settings) -> bool:
-    with _redis_of(settings, runner) as (url, where):
+    with (
+        _redis_of(settings, runner) as (url, where),
+        TemporaryDirectory(prefix="redismem-metrics-") as folder,
+    ):
         settings = replace(settings, redis_url=url)
         runner.run(_check(settings, trying))
+        share(Path(folder))
         settings = replace(settings, port=_free_port(settings.host, settings.port))
         os.environ.update(settings.to_environment())
         threading.Thread(target=_announce, args=(settings, where), daemon=True).start()
@@ -117,7 +116,7 @@ def work(settings: Settings) -> None:
     os.nice(_NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    logging.config.dictConfig(_logging(settings))
+    logging.config.dictConfig(log_config(settings))
     end_with_parent()
     # it answers no reads; threads of BLAS and of the model wait for each other where the cores are busy
     settings = replace(settings, l1_entries=0, embedder_threads=1)
@@ -126,8 +125,10 @@ def work(settings: Settings) -> None:
 
 
 async def _work(settings: Settings) -> None:
-    async with open_service(settings) as service:
-        await service.worker.run()
+    async with open_service(settings) as service, asyncio.TaskGroup() as tasks:
+        service.telemetry.serves = False
+        tasks.create_task(service.telemetry.run())
+        tasks.create_task(service.worker.run())
 
 
 def _serve(settings: Settings) -> bool:
@@ -143,25 +144,12 @@ def _serve(settings: Settings) -> bool:
             ws="none",
             access_log=False,
             proxy_headers=False,
-            log_config=_logging(settings),
+            log_config=log_config(settings),
             timeout_graceful_shutdown=_GRACE_S,
         )
     except SystemExit:  # uvicorn has logged why
         return True
     return False
-
-
-def _logging(settings: Settings) -> dict[str, Any]:
-    """Return what the service's processes log, on stderr; of several workers also their ends and starts."""
-    levels = {"redismem": "INFO", "uvicorn.error": "INFO" if settings.workers > 1 else "WARNING"}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-        "root": {"handlers": ["stderr"], "level": "WARNING"},
-        "loggers": {name: {"level": level} for name, level in levels.items()},
-    }
 
 
 @contextmanager
@@ -198,12 +186,12 @@ async def _check(settings: Settings, trying: asyncio.Task[Embedder]) -> None:
         await check_server(client)
         await load_libraries(client)
         await claim(client, await trying)
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+        if not settings.may_be_open and not await client.execute("HLEN", API_KEYS):
+            raise Misconfigured(
+                f"{settings.host} can be reached from other machines, and there are no API keys: make one "
+                "with `redismem keys create --name NAME --scope read --scope write`, or listen on 127.0.0.1, "
+                "or add --insecure."
+            )
 
 
 def _free_port(host: str, port: int) -> int:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from redismem.admission import Admission
 from redismem.archive import Archive
 from redismem.backfill import Backfill
 from redismem.browse import Browser
@@ -24,18 +25,24 @@ from redismem.gathering import Sources
 from redismem.graph import Graphs
 from redismem.index import Indexes
 from redismem.jobs import Jobs
+from redismem.keyring import KeyRing
 from redismem.keys import STORE, Owner
 from redismem.l1 import L1
 from redismem.lualib import Functions, load_libraries
 from redismem.maintain import Maintenance, Round
+from redismem.metrics import Metrics
 from redismem.naming import NameBook
+from redismem.overview import Overview
 from redismem.prefetch import Prefetcher
 from redismem.queryvectors import QueryVectors
+from redismem.ratelimit import Limiter
 from redismem.read import Reader
+from redismem.series import Series
 from redismem.sessions import Sessions
 from redismem.settings import Settings
 from redismem.spacynames import load as load_spacy
 from redismem.store import check_server, claim
+from redismem.telemetry import Telemetry
 from redismem.tiers import Tiers
 from redismem.timewindow import window
 from redismem.touches import Touches
@@ -73,16 +80,22 @@ class Service:
     sessions: Sessions
     prefetcher: Prefetcher
     contexts: Contexts
+    keyring: KeyRing
+    limiter: Limiter
+    admission: Admission
+    metrics: Metrics
+    telemetry: Telemetry
+    overview: Overview
 
-    def owner(self, user: str) -> Owner:
-        """Return the owner of a user id.
+    def owner(self, user: str, namespace: str | None = None) -> Owner:
+        """Return the owner of a user id, in a namespace or in that of the settings.
 
         Raises:
             InvalidInput: it is empty, longer than 256 characters, or holds NUL.
         """
         if not 0 < len(user) <= 256 or "\0" in user:
             raise InvalidInput("a user id has 1 to 256 characters, none of them NUL", field="user")
-        return Owner(user, self.settings.namespace)
+        return Owner(user, self.settings.namespace if namespace is None else namespace)
 
     async def search(self, owner: Owner, request: SearchRequest) -> SearchReply:
         """Return the best memories as of now, for people at a shell; see `Reader.search_each`."""
@@ -112,7 +125,11 @@ class Service:
     @asynccontextmanager
     async def kept_up(self) -> AsyncIterator[None]:
         """Warm up and maintain the store in the background of the block, as a process that serves does."""
-        tasks = [asyncio.create_task(self.warmer.start()), asyncio.create_task(asyncio.to_thread(self._load))]
+        tasks = [
+            asyncio.create_task(self.warmer.start()),
+            asyncio.create_task(asyncio.to_thread(self._load)),
+            asyncio.create_task(self.telemetry.run()),
+        ]
         if self.settings.maintain_every_s:
             tasks.append(asyncio.create_task(self.maintenance.run(self.settings.maintain_every_s)))
         try:
@@ -209,6 +226,15 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
         sessions.heard = prefetcher.heard
         contexts = Contexts(sources, embedder, browser, touches, prefetcher)
         stack.push_async_callback(contexts.close)
+        metrics, admission = (
+            Metrics(),
+            Admission(most=settings.max_in_flight, slow_s=settings.overload_ms / 1000),
+        )
+        worker.on_done = lambda kind, took_s: metrics.observe("job", took_s, kind)
+        telemetry = Telemetry(
+            *(client, metrics, Series(functions), l1, reader, coherence, prefetcher, admission),
+            *(maintenance, jobs, worker),
+        )
         yield Service(
             settings=settings,
             client=client,
@@ -233,6 +259,12 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
             sessions=sessions,
             prefetcher=prefetcher,
             contexts=contexts,
+            keyring=KeyRing(client, l1, coherence, settings),
+            limiter=Limiter(functions),
+            admission=admission,
+            metrics=metrics,
+            telemetry=telemetry,
+            overview=Overview(telemetry),
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,12 +18,15 @@ HnswProfile = Literal["production", "high_recall", "low_latency"]
 #: what tells which memories a conversation will need next
 Signal = Literal["message", "topic", "entity", "time", "follow_up", "depth", "typing"]
 
+LogFormat = Literal["text", "json"]
+
 EmbedderName = Literal["minilm", "sentence-transformers", "openai", "deterministic"]
 
 #: the longest lease of any process of a fleet: what a strong write waits when one of them is silent
 MAX_LEASE_S = 2.0
 
 _PREFIX = "REDISMEM_"
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
@@ -51,6 +57,8 @@ class Settings:
     host: str = "127.0.0.1"
     #: TCP port to serve on
     port: int = 8000
+    #: answer without API keys although other machines can connect
+    insecure: bool = False
     #: service processes; one per two cores, because the embedder uses two threads
     workers: int = 1
     #: namespace of all users of this process; keeps stores of several applications apart
@@ -132,6 +140,21 @@ class Settings:
     max_body_bytes: int = 1024 * 1024
     #: events kept per owner, about 100 bytes each
     log_length: int = 10_000
+    #: requests that a process works on at once, answers from L1 aside; more are refused with 503
+    max_in_flight: int = 256
+    #: milliseconds from which reads count as slow: while many are, fewer are let in; 0: the limit stays
+    overload_ms: float = 100.0
+    #: seconds a request may take, streams and imports aside; then it is answered 504
+    request_timeout_s: float = 30.0
+    #: origins of web pages that may call the API, parted by commas; empty: none (CORS is off)
+    cors_origins: str = ""
+
+    #: how log lines look
+    log_format: LogFormat = "text"
+    #: milliseconds from which a request is logged with its timing
+    slow_request_ms: float = 500.0
+    #: log every request
+    access_log: bool = False
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -150,6 +173,11 @@ class Settings:
             raise _wrong("redis_url", f"must start with one of {', '.join(_REDIS_SCHEMES)}")
         if self.embedder not in get_args(EmbedderName):
             raise _wrong("embedder", f"must be one of {', '.join(get_args(EmbedderName))}")
+        if self.log_format not in get_args(LogFormat):
+            raise _wrong("log_format", f"must be one of {', '.join(get_args(LogFormat))}")
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise _wrong("cors_origins", f"takes origins such as https://app.example.com, not {origin!r}")
         if self.hnsw_profile not in get_args(HnswProfile):
             raise _wrong("hnsw_profile", f"must be one of {', '.join(get_args(HnswProfile))}")
         if self.embedder == "deterministic" and not self.testing:
@@ -162,9 +190,21 @@ class Settings:
             raise _wrong("prefetch", f"names no signal {name!r}: use {', '.join(get_args(Signal))}")
 
     @property
+    def may_be_open(self) -> bool:
+        """Whether a store without API keys is served to everybody who can connect."""
+        with suppress(ValueError):
+            return self.insecure or ipaddress.ip_address(self.host).is_loopback
+        return self.insecure or self.host == "localhost"
+
+    @property
     def signals(self) -> frozenset[str]:
         """The signals that are on."""
         return frozenset(name.strip() for name in self.prefetch.split(",") if name.strip())
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins that CORS allows."""
+        return tuple(one.strip() for one in self.cors_origins.split(",") if one.strip())
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None, **chosen: object) -> Settings:
@@ -216,6 +256,10 @@ _RANGES = (
     ("llm_timeout_s", 0.1, 600),
     ("max_body_bytes", 1024, 1024**3),
     ("log_length", 1, 10_000_000),
+    ("max_in_flight", 1, 100_000),
+    ("overload_ms", 0, 600_000),
+    ("request_timeout_s", 0.1, 3_600),
+    ("slow_request_ms", 0, 600_000),
 )
 
 

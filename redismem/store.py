@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from redismem.client import Client
 from redismem.embed import Embedder
-from redismem.errors import EmbedderMismatch, Misconfigured
+from redismem.errors import EmbedderMismatch, InvalidInput, Misconfigured
 from redismem.keys import META_PATTERN, STORE, Owner
+from redismem.types import UserItem
 
 #: the first whose hash fields expire one by one: cached searches, and the leases of processes
 MIN_REDIS = (7, 4)
@@ -18,6 +20,12 @@ SAFE_REDIS = (8, 2, 6)
 
 #: the first with INDEXMISSING, FLOAT16 and BM25STD
 MIN_SEARCH = 21_000
+
+#: where a page of users ended: the SCAN it was in, that SCAN's end, and the tag of the last user
+USERS_CURSOR = r"^[0-9]{1,20}~[0-9]{1,20}~[A-Za-z0-9%._/-]*\Z"
+
+#: keys of a round trip and round trips of a page: about 20 ms
+_SCAN_KEYS, _MAX_SCANS = 1000, 40
 
 #: version of the key schema; a higher one in the store was written by a newer redismem
 SCHEMA = 1
@@ -111,3 +119,66 @@ async def owners(client: Client) -> AsyncIterator[Owner]:
                 yield Owner.from_meta_key(key.decode())
         if cursor in (b"0", 0):
             return
+
+
+async def owners_page(
+    client: Client,
+    namespace: str,
+    keep: Callable[[Owner], bool],
+    *,
+    limit: int,
+    cursor: str | None = None,
+) -> tuple[list[Owner], str | None]:
+    """Return up to `limit` owners of a namespace that `keep` lets through, and where to go on.
+
+    A page may hold fewer, even none, and still have a cursor; the last page has none. Who has memories from
+    the first page to the last is in one of them, or, where keys came and went meanwhile, in two.
+
+    SCAN stops where it wants, and a page in the middle of what it found. The next page makes the same SCAN
+    again: when that ends where it ended before, it went over the same part of the keyspace, and the owners up
+    to the last one, in order of their tags, are known.
+
+    Raises:
+        InvalidInput: the cursor is not one of ours.
+
+    Cost: a round trip per 1,000 keys of the store, at most 40 a page.
+    """
+    start, end, last = (cursor or "0~0~").split("~")
+    if max(int(start), int(end)) >= 2**64:
+        raise InvalidInput("`cursor` is not one that this service gave", field="cursor")
+    found: dict[Owner, None] = {}
+    for _ in range(_MAX_SCANS):
+        raw_end, keys = await client.execute(
+            "SCAN", start, "MATCH", META_PATTERN, "COUNT", _SCAN_KEYS, "TYPE", "hash"
+        )
+        known = last if int(raw_end) == int(end) else ""
+        end, last = str(int(raw_end)), known
+        for owner in sorted((Owner.from_meta_key(key.decode()) for key in keys), key=lambda one: one.tag):
+            if owner.tag <= known or owner.namespace != namespace or not keep(owner):
+                continue
+            if len(found) == limit and owner not in found:
+                return list(found), f"{start}~{end}~{last}"
+            found[owner], last = None, owner.tag
+        if end == "0":
+            return list(found), None
+        start, last = end, ""
+    return list(found), f"{start}~0~"
+
+
+async def user_items(client: Client, owners: Sequence[Owner]) -> list[UserItem]:
+    """Return what a listing tells of owners, in order. Cost: one round trip."""
+    raw = await client.pipeline(
+        [
+            command
+            for owner in owners
+            for command in (("ZCARD", owner.ids), ("HMGET", owner.meta, "last_activity", "last_read"))
+        ]
+    )
+    items = []
+    for owner, memories, moments in zip(owners, raw[::2], raw[1::2], strict=True):
+        active_s = max(float(moment or 0) for moment in moments)
+        active = datetime.fromtimestamp(active_s, UTC) if active_s else None
+        items.append(
+            UserItem(user=owner.user, namespace=owner.namespace, memories=memories, last_active=active)
+        )
+    return items

@@ -33,6 +33,7 @@ from redismem.l1 import L1, Entry, Kind, Ticket
 from redismem.read import Reader
 from redismem.settings import Settings
 from redismem.touches import Touches
+from redismem.trace import CacheStatus
 from redismem.types import ListReply, SearchReply, SearchRequest
 from redismem.views import Profile
 
@@ -64,6 +65,8 @@ class Answer:
     generation: int
     #: Redis is away, and this was true before
     stale: bool = False
+    #: l1: this process; l2: what was computed before, in Redis; l3: the index or the memory itself
+    served_by: CacheStatus = "l3"
 
 
 @dataclass(slots=True)
@@ -127,7 +130,7 @@ class Tiers:
         if entry is None:
             return None
         self._touches.add(owner, entry.ids)
-        return Answer(_from_l1(entry, started), entry.generation)
+        return Answer(_from_l1(entry, started), entry.generation, served_by="l1")
 
     async def search(self, owner: Owner, request: SearchRequest, *, missed: bool = False) -> Answer:
         """Return the best memories; see `Reader.search_each`.
@@ -145,7 +148,8 @@ class Tiers:
             stale = self._stale("search", owner, digest, request.min_generation)
             if stale is None or request.explain:
                 raise
-            return Answer(_from_l1(stale, started, b',"stale":true'), stale.generation, stale=True)
+            body = _from_l1(stale, started, b',"stale":true')
+            return Answer(body, stale.generation, stale=True, served_by="l1")
         self._touches.add(owner, fresh.ids)
         return fresh.answer
 
@@ -201,7 +205,7 @@ class Tiers:
     def _fresh(self, found: Found) -> _Fresh:
         body = _encode(found.reply)
         return _Fresh(
-            Answer(body, found.reply.generation),
+            Answer(body, found.reply.generation, served_by=found.reply.served_by),
             kept=body[: body.rindex(_SERVED)] if found.ttl_s else b"",
             ids=tuple(hit.id for hit in found.reply.memories),
             ttl_s=found.ttl_s,
@@ -215,7 +219,7 @@ class Tiers:
         if entry is None:
             return None
         self._touches.add(owner, entry.ids)
-        return Answer(_bytes(entry), entry.generation)
+        return Answer(_bytes(entry), entry.generation, served_by="l1")
 
     async def memory(
         self, owner: Owner, memory_id: str, min_generation: int = 0, *, missed: bool = False
@@ -239,7 +243,7 @@ class Tiers:
             stale = self._stale("memory", owner, memory_id, min_generation)
             if stale is None:
                 raise
-            return Answer(_bytes(stale), stale.generation, stale=True)
+            return Answer(_bytes(stale), stale.generation, stale=True, served_by="l1")
         self._touches.add(owner, fresh.ids)
         return fresh.answer
 
@@ -260,7 +264,7 @@ class Tiers:
     def known_profile(self, owner: Owner) -> Answer | None:
         """Return a profile from L1, or None."""
         entry = self._known("profile", owner, PROFILE_ID, 0)
-        return None if entry is None else Answer(_bytes(entry), entry.generation)
+        return None if entry is None else Answer(_bytes(entry), entry.generation, served_by="l1")
 
     async def profile(self, owner: Owner, *, missed: bool = False) -> Answer:
         """Return a profile; see `Views.profile`.
@@ -276,7 +280,7 @@ class Tiers:
             stale = self._stale("profile", owner, PROFILE_ID, 0)
             if stale is None:
                 raise
-            return Answer(_bytes(stale), stale.generation, stale=True)
+            return Answer(_bytes(stale), stale.generation, stale=True, served_by="l1")
 
     async def found_profile(self, owner: Owner) -> FoundProfile:
         """Return a profile with its sources, from L1 or Redis."""
@@ -294,7 +298,8 @@ class Tiers:
             body, until = _encode(found.profile), found.profile.valid_until
             left_s = until.timestamp() - time.time() if until else 0.0
             ids = (PROFILE_ID, *found.sources)
-            return _Fresh(Answer(body, found.profile.generation), body, ids, min(PROFILE_TTL_S, left_s))
+            answer = Answer(body, found.profile.generation, served_by="l2")
+            return _Fresh(answer, body, ids, min(PROFILE_TTL_S, left_s))
 
         return await self._once("profile", owner, PROFILE_ID, compute, None, shared=True)
 

@@ -335,6 +335,25 @@ class HistoryReply(Struct, kw_only=True):
     events: list[HistoryEvent]
 
 
+class UserItem(Struct, kw_only=True):
+    """A user of a listing. `last_active`: the last write, or read as far as reads are told."""
+
+    user: str
+    namespace: str
+    memories: int
+    last_active: datetime | None
+
+
+class UsersReply(Struct, kw_only=True):
+    """Users in no order; `cursor` continues, null at the end.
+
+    A page may be short, even empty, and still have a cursor: the store is looked through in parts.
+    """
+
+    users: list[UserItem]
+    cursor: str | None
+
+
 class ForgetReply(Struct, kw_only=True):
     """Receipt of forgetting a user: how many memories, archived ones too, and keys are gone."""
 

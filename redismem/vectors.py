@@ -16,6 +16,7 @@ from redismem.codec import unit
 from redismem.embed import Embedder, Vectors
 from redismem.keys import Owner
 from redismem.lualib import Functions
+from redismem.trace import waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ async def turn_vectors(
     texts = [turn.text for turn in turns]
     places = [i for i, turn in enumerate(turns) if turn.previous is not None]
     texts += [f"{turns[i].previous}\n{turns[i].text}" for i in places]
-    rows = await embedder.embed(texts, urgent=urgent)
+    with waiting("embed"):
+        rows = await embedder.embed(texts, urgent=urgent)
     own = np.array(rows[: len(turns)])
     if keep is not None:
         for turn, row in zip(turns, own, strict=True):

@@ -40,6 +40,9 @@ SCHEMA = {
     r"redismem:lock:(functions|maintain)": False,
     r"redismem:(hot|hits):\{[^{}]+\}": False,
     r"redismem:embed:[^:]+:[0-9a-f]+": False,
+    r"redismem:series:\{ops\}:[md]:[0-9]+": False,
+    r"redismem:keys": True,
+    r"redismem:rate:[0-9a-f]{12}": False,
 }
 
 #: hashes whose fields expire one by one

@@ -1,6 +1,6 @@
 """The command line. Commands on memories open the store in their own process; `serve` runs the service."""
 
-from redismem.cli import archive, derived, index, jobs, memories, service, store
+from redismem.cli import archive, derived, index, jobs, keys, memories, service, store
 from redismem.cli.shell import main
 
-__all__ = ["archive", "derived", "index", "jobs", "main", "memories", "service", "store"]
+__all__ = ["archive", "derived", "index", "jobs", "keys", "main", "memories", "service", "store"]

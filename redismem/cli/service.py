@@ -16,11 +16,13 @@ from redismem.settings import Settings
 @click.option("--host", help="Address to listen on; 127.0.0.1 unless given.")
 @click.option("--port", type=int, help="8000 unless given; 0 takes a free one.")
 @click.option("--workers", type=int, help="Processes; 1 unless given.")
-@click.option("--insecure", is_flag=True, help="Listen where other machines reach it, without API keys.")
+@click.option(
+    "--insecure", is_flag=True, default=None, help="Listen where other machines reach it, without API keys."
+)
 @settled
-def serve(settings: Settings, insecure: bool) -> None:
+def serve(settings: Settings) -> None:
     """Run the HTTP service until SIGTERM or Ctrl-C."""
-    if run_service(settings, insecure=insecure):
+    if run_service(settings):
         raise click.exceptions.Exit(1)
 
 

@@ -32,7 +32,8 @@ class _Group(click.Group):
         except RedisMemError as exc:
             where = f"{exc.field}: " if isinstance(exc, InvalidInput) and exc.field else ""
             remedy = f" {_START_REDIS}" if isinstance(exc, RedisUnavailable) else ""
-            raise click.ClickException(f"{where}{exc.message}{remedy}") from exc
+            detail = f" ({exc.detail})." if exc.detail else ""
+            raise click.ClickException(f"{where}{exc.message}{detail}{remedy}") from exc
         except OSError as exc:
             if exc.filename is None:
                 raise

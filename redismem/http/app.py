@@ -1,4 +1,4 @@
-"""Builds the ASGI application: routing on the raw path, request ids, errors as JSON."""
+"""Builds the ASGI application: gate, L1, admission, routing on the raw path, errors as JSON."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from multiprocessing.process import BaseProcess
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from redismem.errors import RedisMemError
+from redismem.http.admitted import Admitted
 from redismem.http.docs import docs_page
+from redismem.http.gate import Gate
 from redismem.http.hot import HotPath
 from redismem.http.openapi import openapi_document
-from redismem.http.table import OPERATIONS, guarded
-from redismem.http.wire import error_response, failure_response, json_response, request_id_of
+from redismem.http.operation import Access, Matcher, guarded
+from redismem.http.operator import metrics
+from redismem.http.pages import page_headers, page_routes
+from redismem.http.table import OPERATIONS
+from redismem.http.wire import GENERATION_HEADER, error_response, failure_response, json_response
 from redismem.service import Service, open_service
 from redismem.settings import Settings
 
@@ -36,27 +42,6 @@ class RawPath:
         if scope["type"] == "http" and scope.get("raw_path"):
             scope = {**scope, "path": scope["raw_path"].partition(b"?")[0].decode("latin-1")}
         await self._app(scope, receive, send)
-
-
-class RequestId:
-    """Takes X-Request-ID from the caller or makes one, and returns it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = request_id_of(scope["headers"])
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def tagged(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        await self._app(scope, receive, tagged)
 
 
 async def _failure(request: Request, exc: Exception) -> Response:
@@ -79,13 +64,14 @@ async def _http_error(request: Request, exc: Exception) -> Response:
 
 def create_app(service: Service | None = None, settings: Settings | None = None) -> ASGIApp:
     """Return the application of an open service, or of one that it opens at startup from settings."""
+    settings = service.settings if service else settings or Settings.from_environment()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if service is not None:
             yield
             return
-        async with open_service(settings or Settings.from_environment()) as opened, opened.kept_up():
+        async with open_service(settings) as opened, opened.kept_up():
             app.state.service = opened
             yield
 
@@ -101,10 +87,12 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
         return json_response(document)
 
     async def docs(request: Request) -> Response:
-        return Response(page, media_type="text/html")
+        headers = page_headers(style="'unsafe-inline'", script="'none'")
+        return Response(page, headers=headers, media_type="text/html")
 
     routes = [Route(item.path, guarded(item), methods=[item.method]) for item in OPERATIONS]
-    routes += [Route("/openapi.json", openapi), Route("/docs", docs)]
+    pages = [Route("/openapi.json", openapi), Route("/docs", docs), *page_routes()]
+    routes += [Route("/metrics", metrics), *pages]
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
@@ -113,7 +101,23 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
     app.router.redirect_slashes = False
     if service is not None:
         app.state.service = service
-    return HotPath(RequestId(RawPath(app)), app)
+    told: list[tuple[str, str, str, Access]] = [
+        (item.method, item.path, item.name, item.access) for item in OPERATIONS
+    ]
+    told.append(("GET", "/metrics", "metrics", "admin"))
+    told += [("GET", route.path, "page", "open") for route in pages]
+    gate = Gate(
+        HotPath(Admitted(RawPath(app), app), app), app, Matcher(told), may_be_open=settings.may_be_open
+    )
+    if not settings.origins:
+        return gate
+    return CORSMiddleware(
+        gate,
+        allow_origins=settings.origins,
+        allow_methods=("GET", "POST", "PATCH", "DELETE"),
+        allow_headers=("Authorization", "Content-Type", "If-Match", "X-API-Key", "X-Request-ID"),
+        expose_headers=("ETag", GENERATION_HEADER, "Retry-After", "X-Request-ID"),
+    )
 
 
 def worker_app() -> ASGIApp:

@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redismem.errors import RedisMemError
 from redismem.fields import checked_name
-from redismem.http.wire import GENERATION_HEADER, STALE_HEADER, failure_response, request_id_of
+from redismem.http.admitted import admitted
+from redismem.http.wire import GENERATION_HEADER, STALE_HEADER, failure_response, namespace_of, note
 from redismem.keys import Owner
 from redismem.service import Service
 from redismem.tiers import Answer
@@ -29,7 +30,7 @@ _GENERATION = GENERATION_HEADER.lower().encode()
 _JSON = (b"content-type", b"application/json")
 _STALE = (STALE_HEADER[0].encode(), STALE_HEADER[1].encode())
 
-#: owners by their path segment; forgotten together when there are more
+#: owners by namespace of the key and path segment; forgotten together when there are more
 _MAX_OWNERS = 10_000
 
 _decoder = msgspec.json.Decoder(SearchRequest)
@@ -41,7 +42,7 @@ class HotPath:
     def __init__(self, inner: ASGIApp, app: Starlette) -> None:
         self._inner = inner
         self._app = app
-        self._owners: dict[bytes, Owner] = {}
+        self._owners: dict[tuple[str | None, bytes], Owner] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not scope["query_string"]:
@@ -73,60 +74,60 @@ class HotPath:
         if first["type"] != "http.request" or first.get("more_body") or too_long:
             return _replayed(first, receive)
         try:
-            request, owner = _decoder.decode(body), self._owner(user)
+            request, owner = _decoder.decode(body), self._owner(user, scope)
         except (ValueError, RecursionError, RedisMemError):
             return _replayed(first, receive)
-        tiers = self._service().tiers
-        request_id = request_id_of(scope["headers"])
+        service = self._service()
         try:
-            answer = tiers.known_search(owner, request)
+            answer = service.tiers.known_search(owner, request)
             if answer is None:
-                answer = await tiers.search(owner, request, missed=True)
+                async with admitted(service, "search"):
+                    answer = await service.tiers.search(owner, request, missed=True)
         except Exception as exc:  # noqa: BLE001  # nothing catches it further up
-            response = failure_response(exc, "POST", request_id)
-            response.headers["x-request-id"] = request_id
+            response = failure_response(exc, "POST", scope["state"]["request_id"])
             await response(scope, receive, send)
         else:
-            await _send(answer, request_id, send)
+            await _send(answer, send)
         return None
 
     async def _memory(self, user: bytes, memory: bytes, scope: Scope, send: Send) -> bool:
         try:
             memory_id = checked_name(unquote_to_bytes(memory).decode(), "id")
-            answer = self._service().tiers.known_memory(self._owner(user), memory_id)
+            answer = self._service().tiers.known_memory(self._owner(user, scope), memory_id)
         except (ValueError, RedisMemError):
             return False
         if answer is None:
             scope["l1_missed"] = True
             return False
         etag = b"etag", b'"%d"' % answer.generation
-        await _send(answer, request_id_of(scope["headers"]), send, etag)
+        await _send(answer, send, etag)
         return True
 
     async def _profile(self, user: bytes, scope: Scope, send: Send) -> bool:
         try:
-            answer = self._service().tiers.known_profile(self._owner(user))
+            answer = self._service().tiers.known_profile(self._owner(user, scope))
         except (ValueError, RedisMemError):
             return False
         if answer is None:
             scope["l1_missed"] = True
             return False
-        await _send(answer, request_id_of(scope["headers"]), send)
+        await _send(answer, send)
         return True
 
     def _service(self) -> Service:
         service: Service = self._app.state.service
         return service
 
-    def _owner(self, segment: bytes) -> Owner:
-        owner = self._owners.get(segment)
+    def _owner(self, segment: bytes, scope: Scope) -> Owner:
+        namespace = namespace_of(scope)
+        owner = self._owners.get((namespace, segment))
         if owner is None:
             if b"/" in segment:
                 raise ValueError("another route")
-            owner = self._service().owner(unquote_to_bytes(segment).decode())
+            owner = self._service().owner(unquote_to_bytes(segment).decode(), namespace)
             if len(self._owners) >= _MAX_OWNERS:
                 self._owners.clear()
-            self._owners[segment] = owner
+            self._owners[namespace, segment] = owner
         return owner
 
 
@@ -140,7 +141,8 @@ def _replayed(first: Message, receive: Receive) -> Receive:
     return replay
 
 
-async def _send(answer: Answer, request_id: str, send: Send, *more: tuple[bytes, bytes]) -> None:
+async def _send(answer: Answer, send: Send, *more: tuple[bytes, bytes]) -> None:
+    note(answer)
     if answer.stale:
         more = (*more, _STALE)
     await send(
@@ -152,7 +154,6 @@ async def _send(answer: Answer, request_id: str, send: Send, *more: tuple[bytes,
                 (b"content-length", b"%d" % len(answer.body)),
                 (_GENERATION, b"%d" % answer.generation),
                 *more,
-                (b"x-request-id", request_id.encode()),
             ],
         }
     )

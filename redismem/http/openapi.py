@@ -19,8 +19,9 @@ import msgspec
 from redismem import errors
 from redismem.fields import MAX_TEXT_BYTES
 from redismem.http.conversations import EVENTS
-from redismem.http.routes import Health, Queued
-from redismem.http.table import Operation
+from redismem.http.operation import Operation
+from redismem.http.operator import Health
+from redismem.http.routes import Queued
 from redismem.rendering import TEMPLATE
 from redismem.types import MAX_BATCH_MEMORIES, BatchReply, Memory
 from redismem.views import SummaryKind
@@ -60,7 +61,7 @@ _STRINGS: dict[tuple[int, int], Schema] = {
 _TIMES = {
     *("at", "event_date", "created_at", "updated_at", "gt", "gte", "lt", "lte"),
     *("compiled_at", "valid_until", "generated_at", "time"),
-    *("opened_at", "last_at", "expires_at", "closed_at"),
+    *("opened_at", "last_at", "expires_at", "closed_at", "last_active"),
 }
 
 
@@ -192,7 +193,13 @@ _ERRORS = {
     for error in (
         *(errors.MalformedBody, errors.NotFound, errors.Conflict, errors.VersionMismatch),
         *(errors.PayloadTooLarge, errors.InvalidInput, errors.Unavailable, errors.DeadlineExceeded),
+        *(errors.Unauthorized, errors.Forbidden, errors.RateLimited),
     )
+}
+#: the ways to show an API key
+_KEYS: dict[str, Schema] = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 _ERROR: Schema = {
     "title": "Error",
@@ -215,6 +222,7 @@ _TAGS = {
     "export": "transfer",
     "import": "transfer",
     **dict.fromkeys(("profile", "topics", "summaries", "conflicts"), "derived"),
+    **dict.fromkeys(("stats", "slo", "dashboard"), "operation"),
 }
 
 _EXAMPLES: dict[str, list[Schema]] = {
@@ -265,7 +273,10 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
         "servers": [{"url": "/"}],
         "tags": [{"name": name} for name in dict.fromkeys(_tag(operation.path) for operation in operations)],
         "paths": paths,
+        # nothing, where the store has never had a key
+        "security": [{}, *({name: []} for name in _KEYS)],
         "components": {
+            "securitySchemes": _KEYS,
             "schemas": {**schemas, "Error": _ERROR},
             "headers": _REPLY_HEADERS,
             "responses": {error.__name__: _error_reply(status) for status, error in _ERRORS.items()},
@@ -302,6 +313,7 @@ def _described(schema: Any, name: str = "") -> Any:
 
 def _operation(operation: Operation) -> Schema:
     found: Schema = {
+        **({"security": []} if operation.access == "open" else {}),
         "operationId": operation.handler.__name__,
         "summary": operation.summary,
         "description": getdoc(operation.handler) or operation.summary,
@@ -371,8 +383,8 @@ def _replies(operation: Operation) -> Schema:
             if is_pending:
                 found[str(status)]["headers"] = _headers("X-Request-ID", "Retry-After")
     statuses = {422, *operation.errors}  # every operation refuses query parameters that it does not know
-    if "{user}" in operation.path:
-        statuses.add(503)
+    if operation.access != "open":
+        statuses |= {401, 403, 429, 503, 504}
     if operation.request:
         statuses |= {400, 413}
     for status in sorted(statuses):

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from redismem.errors import InvalidInput, RedisMemError, Unavailable
+from redismem.errors import InvalidInput, RedisMemError
 from redismem.fields import checked_name
 from redismem.filters import Filters
 from redismem.http.wire import (
@@ -19,6 +19,7 @@ from redismem.http.wire import (
     converted,
     decoded,
     json_response,
+    namespace_of,
     path_part,
     read_body,
     read_lines,
@@ -41,7 +42,6 @@ from redismem.types import (
     min_generation,
 )
 from redismem.views import ProfilePatch, SummaryKind
-from redismem.warm import Warmth
 
 MOMENTS = ("created_at", "updated_at", "event_date")
 
@@ -54,14 +54,6 @@ class MemoryBatch(Struct, forbid_unknown_fields=True, kw_only=True):
     """Several memories; each is stored or refused by itself."""
 
     memories: list[MemoryInput]
-
-
-class Health(Struct, kw_only=True, omit_defaults=True):
-    """Whether the process runs (live), or can serve (ready): then also how many of the users are warm."""
-
-    status: str
-    reason: str | None = None
-    warm: Warmth | None = None
 
 
 class Queued(Struct, kw_only=True):
@@ -106,7 +98,7 @@ def service_of(request: Request) -> Service:
 
 
 def owner_of(request: Request) -> Owner:
-    return service_of(request).owner(path_part(request, "user"))
+    return service_of(request).owner(path_part(request, "user"), namespace_of(request.scope))
 
 
 def _memory_id(request: Request) -> str:
@@ -383,27 +375,3 @@ async def list_conflicts(request: Request) -> Response:
     """List what seems to be said twice, or to contradict itself."""
     limit = converted(dict(request.query_params), _ConflictsQuery).limit
     return json_response(await service_of(request).views.conflicts(owner_of(request), limit))
-
-
-async def stats(request: Request) -> Response:
-    """Tell what this process's caches hold and did, since its start, and what maintenance found."""
-    return json_response(await service_of(request).stats())
-
-
-async def live(request: Request) -> Response:
-    """Tell that the process runs."""
-    return json_response(Health(status="ok"))
-
-
-async def ready(request: Request) -> Response:
-    """Tell whether the process can serve: 503 while Redis is away or the most active users are not warm."""
-    service = service_of(request)
-    try:
-        await service.ping()
-    except Unavailable as exc:
-        headers = {"Retry-After": str(exc.retry_after_s)}
-        return json_response(Health(status="unavailable", reason=exc.message), 503, headers)
-    warm = service.warmer.warmth
-    if not service.warmer.is_ready:
-        return json_response(Health(status="warming", warm=warm), 503, {"Retry-After": "1"})
-    return json_response(Health(status="ok", warm=warm))

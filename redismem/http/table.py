@@ -1,14 +1,8 @@
-"""The table of routes: what OpenAPI says of each, and what answers it."""
+"""The table of operations: what OpenAPI says of each, and what answers it."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote_to_bytes
-
-from starlette.requests import Request
-from starlette.responses import Response
 
 from redismem.browse import CURSOR
 from redismem.conversation import (
@@ -28,9 +22,12 @@ from redismem.conversation import (
     TypingInput,
     TypingReply,
 )
-from redismem.errors import InvalidInput
-from redismem.http import conversations, routes
-from redismem.http.routes import MOMENTS, Health, MemoryBatch
+from redismem.http import conversations, operator, routes
+from redismem.http.operation import Operation
+from redismem.http.operator import Health
+from redismem.http.routes import MOMENTS, MemoryBatch
+from redismem.http.users import USERS_QUERY, list_users
+from redismem.overview import DashboardReply, SloReply
 from redismem.types import (
     BatchReply,
     BatchRequest,
@@ -49,61 +46,9 @@ from redismem.types import (
     SearchReply,
     SearchRequest,
     StatsReply,
+    UsersReply,
 )
 from redismem.views import ConflictsReply, Profile, ProfilePatch, SimilarReply, Summary, TopicsReply
-
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """One method of one path: what OpenAPI says of it and what answers it."""
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    request: tuple[type[Any], ...] = ()
-    reply: type[Any] | None = None
-    #: success statuses
-    statuses: tuple[int, ...] = (200,)
-    #: error statuses besides 422 (bad path), 503 and, with a body, 400 and 413
-    errors: tuple[int, ...] = ()
-    #: query parameters: name -> JSON schema
-    query: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: heads of query parameters with any tail, such as `metadata` of `metadata.color`
-    open_query: tuple[str, ...] = ()
-    #: request header parameters: name -> description
-    headers: dict[str, str] = field(default_factory=dict)
-    ndjson: bool = False
-    #: the reply may also come as server-sent events
-    events: bool = False
-
-
-def guarded(operation: Operation) -> Handler:
-    """Return the operation's handler behind a check of its query parameters.
-
-    An unknown parameter is refused by name: a misspelt one would be a wish ignored.
-    """
-    heads = {name.partition(".")[0] for name in operation.query if "." in name} | set(operation.open_query)
-
-    async def checked(request: Request) -> Response:
-        try:
-            unquote_to_bytes(request.scope["query_string"]).decode()
-        except UnicodeDecodeError as exc:
-            raise InvalidInput("the query string is not UTF-8") from exc
-        if operation.path.startswith("/health/"):
-            return await operation.handler(request)  # a probe may carry a cache-buster
-        for name in request.query_params:
-            told = operation.query.get(name, {})
-            if told.get("type") != "array" and len(request.query_params.getlist(name)) > 1:
-                raise InvalidInput(f"`{name}` may be given once", field=name)
-            if name not in operation.query and not ("." in name and name.partition(".")[0] in heads):
-                raise InvalidInput(f"there is no query parameter `{name}` here; see /docs", field=name)
-        return await operation.handler(request)
-
-    return checked
-
 
 _USER = "/v1/users/{user}"
 _MEMORY = _USER + "/memories/{id}"
@@ -152,6 +97,8 @@ OPERATIONS = (
         method="POST",
         path=_USER + "/memories",
         handler=routes.add_memories,
+        name="put",
+        access="write",
         summary="Store one memory or many",
         request=(MemoryInput, MemoryBatch),
         reply=PutReply,
@@ -163,6 +110,8 @@ OPERATIONS = (
         method="GET",
         path=_USER + "/memories",
         handler=routes.list_memories,
+        name="list",
+        access="read",
         summary="List memories, newest first",
         reply=ListReply,
         query=_list_parameters(),
@@ -172,6 +121,8 @@ OPERATIONS = (
         method="GET",
         path=_MEMORY,
         handler=routes.get_memory,
+        name="get",
+        access="read",
         summary="Read a memory",
         reply=Memory,
         query=_READ_CONSISTENCY,
@@ -181,6 +132,8 @@ OPERATIONS = (
         method="PATCH",
         path=_MEMORY,
         handler=routes.change_memory,
+        name="patch",
+        access="write",
         summary="Change a memory",
         request=(MemoryPatch,),
         reply=Memory,
@@ -192,6 +145,8 @@ OPERATIONS = (
         method="DELETE",
         path=_MEMORY,
         handler=routes.delete_memory,
+        name="delete",
+        access="write",
         summary="Delete a memory",
         reply=DeleteReply,
         errors=(404,),
@@ -200,6 +155,8 @@ OPERATIONS = (
         method="GET",
         path=_MEMORY + "/history",
         handler=routes.memory_history,
+        name="history",
+        access="read",
         summary="What happened to a memory",
         reply=HistoryReply,
         errors=(404,),
@@ -208,6 +165,8 @@ OPERATIONS = (
         method="POST",
         path=_USER + "/search",
         handler=routes.search,
+        name="search",
+        access="read",
         summary="Find the best memories",
         request=(SearchRequest,),
         reply=SearchReply,
@@ -217,6 +176,8 @@ OPERATIONS = (
         method="POST",
         path=_USER + "/search/batch",
         handler=routes.search_batch,
+        name="search_batch",
+        access="read",
         summary="Up to 50 searches at once",
         request=(BatchRequest,),
         reply=BatchReply,
@@ -226,6 +187,8 @@ OPERATIONS = (
         method="POST",
         path=_USER + "/corrections",
         handler=routes.correct,
+        name="correct",
+        access="write",
         summary="Replace what is no longer true",
         request=(CorrectionRequest,),
         reply=CorrectionReply,
@@ -236,6 +199,8 @@ OPERATIONS = (
         method="GET",
         path=_USER + "/export",
         handler=routes.export,
+        name="export",
+        access="read",
         summary="All memories as NDJSON",
         reply=Memory,
         ndjson=True,
@@ -244,6 +209,8 @@ OPERATIONS = (
         method="POST",
         path=_USER + "/import",
         handler=routes.import_memories,
+        name="import",
+        access="write",
         summary="Store an NDJSON stream",
         request=(ImportRecord,),
         reply=ImportReply,
@@ -254,6 +221,8 @@ OPERATIONS = (
         method="DELETE",
         path=_USER,
         handler=routes.forget_user,
+        name="forget",
+        access="write",
         summary="Forget a user",
         reply=ForgetReply,
         errors=(409,),
@@ -262,6 +231,8 @@ OPERATIONS = (
         method="GET",
         path=_USER + "/profile",
         handler=routes.get_profile,
+        name="profile",
+        access="read",
         summary="Read the precompiled profile",
         reply=Profile,
     ),
@@ -269,6 +240,8 @@ OPERATIONS = (
         method="PATCH",
         path=_USER + "/profile",
         handler=routes.change_profile,
+        name="profile_patch",
+        access="write",
         summary="Set fields of the profile",
         request=(ProfilePatch,),
         reply=Profile,
@@ -277,6 +250,8 @@ OPERATIONS = (
         method="GET",
         path=_USER + "/topics",
         handler=routes.list_topics,
+        name="topics",
+        access="read",
         summary="List topics",
         reply=TopicsReply,
     ),
@@ -284,6 +259,8 @@ OPERATIONS = (
         method="GET",
         path=_USER + "/summaries/{kind}/{name}",
         handler=routes.get_summary,
+        name="summary",
+        access="read",
         summary="Read the summary of a topic, day, week, month, entity or session",
         reply=Summary,
         statuses=(200, 202),
@@ -293,6 +270,8 @@ OPERATIONS = (
         method="GET",
         path=_MEMORY + "/similar",
         handler=routes.similar_memories,
+        name="similar",
+        access="read",
         summary="The nearest memories",
         reply=SimilarReply,
         errors=(404,),
@@ -302,6 +281,8 @@ OPERATIONS = (
         method="GET",
         path=_USER + "/conflicts",
         handler=routes.list_conflicts,
+        name="conflicts",
+        access="read",
         summary="Possible duplicates and contradictions",
         reply=ConflictsReply,
         query={"limit": {"type": "integer", "minimum": 1, "maximum": 500, "default": 100}},
@@ -310,6 +291,8 @@ OPERATIONS = (
         method="POST",
         path=_USER + "/sessions",
         handler=conversations.open_session,
+        name="session_open",
+        access="write",
         summary="Open or join a session",
         request=(SessionInput,),
         reply=OpenedReply,
@@ -319,6 +302,8 @@ OPERATIONS = (
         method="GET",
         path=_SESSION,
         handler=conversations.get_session,
+        name="session_get",
+        access="read",
         summary="Read a session",
         reply=SessionReply,
         errors=(404,),
@@ -330,6 +315,8 @@ OPERATIONS = (
         method="PATCH",
         path=_SESSION,
         handler=conversations.change_session,
+        name="session_patch",
+        access="write",
         summary="Set active topics or pins",
         request=(SessionPatch,),
         reply=Session,
@@ -339,6 +326,8 @@ OPERATIONS = (
         method="DELETE",
         path=_SESSION,
         handler=conversations.close_session,
+        name="session_close",
+        access="write",
         summary="Close a session",
         reply=ClosedReply,
         errors=(404,),
@@ -347,6 +336,8 @@ OPERATIONS = (
         method="POST",
         path=_SESSION + "/messages",
         handler=conversations.add_messages,
+        name="message",
+        access="write",
         summary="Store a message or several",
         request=(MessageInput, MessageBatch),
         reply=MessageReply,
@@ -358,6 +349,8 @@ OPERATIONS = (
         method="POST",
         path=_SESSION + "/typing",
         handler=conversations.typing,
+        name="typing",
+        access="write",
         summary="Tell what is being typed",
         request=(TypingInput,),
         reply=TypingReply,
@@ -367,6 +360,8 @@ OPERATIONS = (
         method="POST",
         path=_USER + "/context",
         handler=conversations.context,
+        name="context",
+        access="read",
         summary="Assemble a context",
         request=(ContextRequest,),
         reply=ContextReply,
@@ -377,6 +372,8 @@ OPERATIONS = (
         method="POST",
         path=_USER + "/context/batch",
         handler=conversations.context_batch,
+        name="context_batch",
+        access="read",
         summary="Up to 20 contexts at once",
         request=(ContextBatch,),
         reply=ContextBatchReply,
@@ -384,18 +381,56 @@ OPERATIONS = (
     ),
     Operation(
         method="GET",
+        path="/v1/users",
+        handler=list_users,
+        name="users",
+        access="read",
+        summary="List users",
+        reply=UsersReply,
+        query=USERS_QUERY,
+    ),
+    Operation(
+        method="GET",
         path="/v1/stats",
-        handler=routes.stats,
+        handler=operator.stats,
+        name="stats",
+        access="admin",
         summary="Caches and coherence of this process",
         reply=StatsReply,
     ),
     Operation(
-        method="GET", path="/health/live", handler=routes.live, summary="The process runs", reply=Health
+        method="GET",
+        path="/v1/slo",
+        handler=operator.slo,
+        name="slo",
+        access="admin",
+        summary="How each promise stands",
+        reply=SloReply,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/dashboard",
+        handler=operator.dashboard,
+        name="dashboard",
+        access="admin",
+        summary="What the dashboard shows",
+        reply=DashboardReply,
+    ),
+    Operation(
+        method="GET",
+        path="/health/live",
+        handler=operator.live,
+        name="live",
+        access="open",
+        summary="The process runs",
+        reply=Health,
     ),
     Operation(
         method="GET",
         path="/health/ready",
-        handler=routes.ready,
+        handler=operator.ready,
+        name="ready",
+        access="open",
         summary="The process can serve",
         reply=Health,
     ),

@@ -12,9 +12,21 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
-from redismem.errors import InvalidInput, MalformedBody, PayloadTooLarge, RedisMemError, Unavailable
+from redismem.apikeys import ApiKey
+from redismem.errors import (
+    InvalidInput,
+    MalformedBody,
+    Overloaded,
+    PayloadTooLarge,
+    RateLimited,
+    RedisMemError,
+    Unauthorized,
+    Unavailable,
+)
 from redismem.tiers import Answer
+from redismem.trace import current
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +55,27 @@ def json_response(
     return Response(_encoder.encode(value), status, headers, "application/json")
 
 
+def note(answer: Answer) -> None:
+    """Tell the request's trace whence it was answered."""
+    if (trace := current.get()) is not None:
+        trace.cache_status = answer.served_by
+
+
+def key_of(scope: Scope) -> ApiKey | None:
+    """Return the API key of a request; None where none is asked for."""
+    key: ApiKey | None = scope["state"].get("key")
+    return key
+
+
+def namespace_of(scope: Scope) -> str | None:
+    """Return the namespace that a request's API key is bound to; None without a key."""
+    key = key_of(scope)
+    return None if key is None else key.namespace
+
+
 def answer_response(answer: Answer, headers: dict[str, str] | None = None) -> Response:
     """Return a reply that is JSON already."""
+    note(answer)
     headers = {**(headers or {}), GENERATION_HEADER: str(answer.generation)}
     if answer.stale:
         headers[STALE_HEADER[0]] = STALE_HEADER[1]
@@ -62,14 +93,18 @@ def failure_response(exc: Exception, method: str, request_id: str) -> Response:
     if not isinstance(exc, RedisMemError):
         logger.error("%s failed", method, exc_info=exc)
         exc = RedisMemError("an internal error; the service's log has it under this request_id")
-    elif exc.status >= 500:
-        logger.warning("%s %s: %s", method, exc.code, exc.message)
+    elif exc.status >= 500 and not isinstance(exc, Overloaded):  # a flood must not flood the log too
+        logger.warning("%s %s: %s %s", method, exc.code, exc.message, exc.detail)
     return error_response(exc, request_id)
 
 
 def error_response(error: RedisMemError, request_id: str) -> Response:
     """Return `{"error": {code, message, field?, request_id}}` with the status of the error."""
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
+    headers = {}
+    if isinstance(error, Unavailable | RateLimited):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     return Response(error_body(error, request_id), error.status, headers, "application/json")
 
 

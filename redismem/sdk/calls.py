@@ -2,7 +2,7 @@
 
 A request that fails in passing (no connection, 429, 502, 503, 504 of a proxy) is sent again with exponential
 back-off and jitter, not before Retry-After, while there is time. One that must not be done twice is sent
-again only if it cannot have been received, or was refused by 429.
+again only if it cannot have been received, or was refused before anything was done (429, overload).
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from redismem.errors import DeadlineExceeded, InvalidInput, RedisMemError, Unavailable
+from redismem.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    Overloaded,
+    RateLimited,
+    RedisMemError,
+    Unavailable,
+)
 from redismem.sdk.failures import PASSING, error_of, transport_error
 from redismem.sdk.values import decoded
 
@@ -148,8 +155,8 @@ class Calls:
 def _may_be_sent_again(error: RedisMemError, cause: Exception | None, *, repeatable: bool) -> bool:
     if cause is not None:
         return isinstance(error, Unavailable) and (repeatable or isinstance(cause, _UNSENT))
-    if error.status == httpx.codes.TOO_MANY_REQUESTS:
-        return True
+    if isinstance(error, RateLimited | Overloaded) or error.status == httpx.codes.TOO_MANY_REQUESTS:
+        return True  # it was refused before anything was done
     return repeatable and error.status in PASSING and not isinstance(error, DeadlineExceeded)
 
 

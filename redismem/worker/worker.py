@@ -74,6 +74,8 @@ class Worker:
         self._holding: dict[str, Job] = {}
         self._reclaim_at_s = 0.0
         self.counts: Counter[str] = Counter()
+        #: told kind and seconds of each job that was done
+        self.on_done: Callable[[str, float], None] = lambda _kind, _took_s: None
 
     async def run(self) -> None:
         """Do what is due until cancelled; what is on its way then is done by another, or later."""
@@ -153,8 +155,10 @@ class Worker:
             else:
                 logger.info("job %s is tried again: %s", kind, _shown(exc))
         else:
-            await self._jobs.done(job, time.perf_counter() - started)
+            took_s = time.perf_counter() - started
+            await self._jobs.done(job, took_s)
             self.counts[f"{kind} done"] += 1
+            self.on_done(kind, took_s)
         finally:
             self._holding.pop(job.entry, None)
 

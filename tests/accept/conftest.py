@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,18 +16,20 @@ import pytest
 from redismem.client import Client
 from redismem.embedded import EmbeddedRedis
 from redismem.settings import Settings
+from tests.accept import serve_child
+from tests.accept.forked import Forked
 from tests.conftest import until
 
-CHILD = Path(__file__).with_name("serve_child.py")
-ROOT = CHILD.parents[2]
 USER = "/v1/users/alice"
+#: a file in the folder of a test: while it is there, its services make no embeddings
+HOLD = "hold"
 
 
 @dataclass
 class Running:
     """One service process and a client of it."""
 
-    process: subprocess.Popen[str]
+    process: Forked
     http: httpx.AsyncClient
     data_dir: Path
 
@@ -38,7 +37,9 @@ class Running:
         """Send a signal to the process, unless it has ended, and return its status."""
         self.process.send_signal(how)
         await until("the service has ended", lambda: asyncio.sleep(0, self.process.poll() is not None), 20)
-        return self.process.returncode
+        status = self.process.poll()
+        assert status is not None
+        return status
 
 
 Start = Callable[..., Awaitable[Running]]
@@ -67,28 +68,18 @@ async def start(data_dir: Path, tmp_path: Path) -> AsyncIterator[Start]:
     started: list[Running] = []
 
     async def one(embed_s: float = 0.0, redis_s: float = 0.0, **settings: object) -> Running:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("REDISMEM_")}
-        environ |= {"REDISMEM_DATA_DIR": str(data_dir), "REDISMEM_TESTING": "1"}
+        environ = {"REDISMEM_DATA_DIR": str(data_dir), "REDISMEM_TESTING": "1"}
         environ |= {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_REDIS_TIMEOUT_S": "2"}
-        environ |= {"PYTHONPATH": str(ROOT)}
         environ |= {f"REDISMEM_{name.upper()}": str(value) for name, value in settings.items()}
-        with (tmp_path / f"service{len(started)}.log").open("w") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(CHILD), str(embed_s), str(redis_s)],
-                env=environ,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        assert process.stdout is not None
-        with process.stdout as output:
-            port = int(await asyncio.to_thread(output.readline))
+        arguments = [str(embed_s), str(redis_s), str(tmp_path / HOLD)]
+        process = Forked(serve_child.main, arguments, environ, tmp_path / f"service{len(started)}.log")
+        port = await asyncio.to_thread(process.port)
         http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20)
         running = Running(process, http, data_dir)
         started.append(running)
 
         async def ready() -> bool:
-            assert process.poll() is None, (tmp_path / f"service{len(started) - 1}.log").read_text()
+            assert process.poll() is None, process.log.read_text()
             with suppress(httpx.TransportError):
                 return (await running.http.get("/health/ready", timeout=1)).status_code == 200
             return False

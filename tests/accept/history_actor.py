@@ -175,16 +175,18 @@ class Actor:
             if operation != "delete":
                 there[memory_id] = None
 
-    def _text(self, user: str, memory_id: str) -> str:
-        words = self._rng.sample(WORDS, 2) + self._rng.choice([[], [self._rng.choice(NAMES)]])
+    def _text(self, user: str, memory_id: str, name: str = "") -> str:
+        """Return a text that nobody wrote before; it names somebody, or with a name that one."""
+        words = self._rng.sample(WORDS, 2)
+        words += [name] if name else self._rng.choice([[], [self._rng.choice(NAMES)]])
         return f"common {' '.join(words)} of {user} {memory_id} n{next(self._ground.numbers)}"
 
-    async def _put(self, user: str, memory_id: str) -> None:
-        text = self._text(user, memory_id)
+    async def _put(self, user: str, memory_id: str, name: str = "") -> None:
+        text = self._text(user, memory_id, name)
         wait = "" if self._rng.random() < 0.7 else "?wait=false"
         strong = self._ground.offers.strong_put and self._rng.random() < 0.2
         path = f"{home(user)}/memories" + ("?consistency=strong" if strong else wait)
-        body = {"id": memory_id, "text": text, "entities": named(text)}
+        body: dict[str, Any] = {"id": memory_id, "text": text, "entities": named(text)}
         if self._rng.random() < IMPORTANT:  # its text gets into the profile
             body["importance"] = 0.9
         if self._rng.random() < ABOUT_TOPIC:

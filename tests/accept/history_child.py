@@ -1,13 +1,13 @@
-"""A process of the history test, set up by REDISMEM_*: `python history_child.py SLOW_S [what is broken]`.
+"""A process of the history test, set up by REDISMEM_*; its arguments: SLOW_S [what is broken].
 
-Prints its port before it serves, and ends with its parent. Before and after each Redis call it waits for up
+Tells its port before it serves, and ends with its parent. Before and after each Redis call it waits for up
 to SLOW_S, so that invalidations overtake the replies they belong to; before and after it fills a stage of a
 context for up to half of STAGE_S, so that deletes come between stages.
 
 What is broken: `barrier`: strong writes wait for nobody, and what Redis pushes is handled LATE_S late;
 `comparison`: stages are handed over as they were filled.
 
-`python history_child.py worker`: makes what contexts tell instead, AHEAD_S before it is due and without rest.
+With the argument `worker` it makes what contexts tell instead, AHEAD_S before it is due and without rest.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import inspect
 import random
 import signal
 import socket
-import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -99,7 +98,7 @@ def break_barrier() -> None:
     coherence._invalidated = late if inspect.iscoroutinefunction(handle) else handle_late
 
 
-async def work() -> None:
+async def work(tell_port: Callable[[int], None]) -> None:
     async def nothing(*_: Any) -> None:
         return
 
@@ -107,30 +106,26 @@ async def work() -> None:
     # as the worker of `serve`: it answers no reads
     async with open_service(replace(Settings.from_environment(), l1_entries=0)) as service:
         service.jobs._rest = 0.0
-        print(1, flush=True)
+        tell_port(0)
         while True:
             with suppress(RedisMemError):  # Redis is away: it goes on when it is back
                 await service.worker.step(ahead_s=AHEAD_S)
             await asyncio.sleep(PAUSE_S)
 
 
-def main() -> None:
+def main(arguments: Sequence[str], tell_port: Callable[[int], None]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if sys.argv[1] == "worker":
-        asyncio.run(work())
-    if float(sys.argv[1]):
-        slow_down(float(sys.argv[1]))
+    if arguments[0] == "worker":
+        asyncio.run(work(tell_port))
+    if float(arguments[0]):
+        slow_down(float(arguments[0]))
     pause_between_stages()
-    if "barrier" in sys.argv:
+    if "barrier" in arguments:
         break_barrier()
-    if "comparison" in sys.argv:
+    if "comparison" in arguments:
         break_comparison()
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-    print(listener.getsockname()[1], flush=True)
+    tell_port(listener.getsockname()[1])
     app = create_app(settings=Settings.from_environment())
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=_KEEP_ALIVE_S)
     uvicorn.Server(config).run(sockets=[listener])
-
-
-if __name__ == "__main__":
-    main()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,12 +19,12 @@ from redismem.client import Client
 from redismem.embedded import EmbeddedRedis
 from redismem.keys import Owner
 from redismem.settings import Settings
+from tests.accept import history_child
+from tests.accept.forked import Forked
 from tests.accept.history_actor import Offers
 from tests.accept.history_client import HttpClient
 from tests.conftest import until
 
-CHILD = Path(__file__).with_name("history_child.py")
-ROOT = CHILD.parents[2]
 #: seconds that a Redis call of each process may be delayed, before and after; see history_child
 SLOW_S = (0.0, 0.0, 0.003)
 #: seconds a process stands still: longer than the lease of its cache, and shorter
@@ -49,9 +47,8 @@ class Fault:
 
 @dataclass
 class _Process:
-    popen: subprocess.Popen[str]
+    forked: Forked
     port: int
-    log: Path
 
 
 @dataclass
@@ -87,8 +84,7 @@ class Cluster:
 
     async def _close(self) -> None:
         for process in self._processes:
-            process.popen.kill()
-            process.popen.wait()
+            process.forked.kill()
         await self._redis.__aexit__(None, None, None)
 
     async def _start(self, slot: int) -> _Process:
@@ -97,41 +93,27 @@ class Cluster:
         try:
             await until(f"p{slot} is ready", lambda: self._is_ready(process), 30)
         except BaseException:
-            process.popen.kill()
-            process.popen.wait()
+            process.forked.kill()
             raise
         return process
 
     async def _spawn(self, name: str, arguments: list[str]) -> _Process:
         """Start a child; return when it has told its port."""
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("REDISMEM_")}
-        environ |= {"REDISMEM_REDIS_URL": self._redis.url, "PYTHONPATH": str(ROOT)}
+        environ = {"REDISMEM_REDIS_URL": self._redis.url}
         environ |= {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1"}
         environ |= {"REDISMEM_MEMORY_TTL_S": str(self.memory_ttl_s)}
         environ |= {"REDISMEM_SEARCH_TTL_S": str(self.search_ttl_s)}
         self._started += 1
-        path = self.folder / f"{name}-{self._started}.log"
-        with path.open("w") as log:
-            popen = subprocess.Popen(
-                [sys.executable, str(CHILD), *arguments],
-                env=environ,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        forked = Forked(history_child.main, arguments, environ, self.folder / f"{name}-{self._started}.log")
         try:
-            assert popen.stdout is not None
-            with popen.stdout as output:
-                port = int(await asyncio.wait_for(asyncio.to_thread(output.readline), 30) or 0)
-            assert port, path.read_text()
+            port = await asyncio.wait_for(asyncio.to_thread(forked.port), 30)
         except BaseException:
-            popen.kill()
-            popen.wait()
+            forked.kill()
             raise
-        return _Process(popen, port, path)
+        return _Process(forked, port)
 
     async def _is_ready(self, process: _Process) -> bool:
-        assert process.popen.poll() is None, process.log.read_text()
+        assert process.forked.poll() is None, process.forked.log.read_text()
         http = HttpClient()
         reply = await http.request(process.port, "GET", "/health/ready")
         http.close()
@@ -168,20 +150,19 @@ class Cluster:
     async def kill_process(self, slot: int) -> None:
         """Kill a process and start another in its place."""
         began = time.monotonic()
-        self._processes[slot].popen.kill()
-        self._processes[slot].popen.wait()
+        self._processes[slot].forked.kill()
         process = await self._start(slot)
         self._processes[slot], self.ports[slot] = process, process.port
         self.faults.append(Fault("kill", began, time.monotonic(), excuses=True))
 
     async def stop_process(self, slot: int, seconds: float) -> None:
         """Let a process stand still."""
-        began, popen = time.monotonic(), self._processes[slot].popen
-        popen.send_signal(signal.SIGSTOP)
+        began, forked = time.monotonic(), self._processes[slot].forked
+        forked.send_signal(signal.SIGSTOP)
         try:
             await asyncio.sleep(seconds)
         finally:
-            popen.send_signal(signal.SIGCONT)
+            forked.send_signal(signal.SIGCONT)
         self.faults.append(Fault(f"stop {seconds:g} s", began, time.monotonic()))
 
     async def cut_push(self) -> None:

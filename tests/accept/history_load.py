@@ -63,22 +63,35 @@ class Load:
         """Let each client finish its request."""
         self._stopped.set()
 
-    async def run(self) -> Trace:
-        """Work until `stop`, then look at what was loaded ahead; return what was seen."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number, client in enumerate(self._clients):
-                    group.create_task(self._work(client, random.Random(number)))
-            shown = self._ground.trace.shown
-            before = shown["prefetched"]
-            async with asyncio.TaskGroup() as group:
-                for client, user in zip(self._clients, USERS, strict=False):
-                    group.create_task(client.look_at_loaded(user))
-            self._ground.trace.prefetched_alone = shown["prefetched"] - before
-        finally:
-            for client in self._clients:
-                client.close()
+    @property
+    def trace(self) -> Trace:
+        """What was seen so far."""
         return self._ground.trace
+
+    async def run(self) -> None:
+        """Work until `stop`."""
+        async with asyncio.TaskGroup() as group:
+            for number, client in enumerate(self._clients):
+                group.create_task(self._work(client, random.Random(number)))
+
+    async def say_more(self) -> None:
+        """Let each user tell of somebody, so that what names them is loaded ahead."""
+        async with asyncio.TaskGroup() as group:
+            for client, user in zip(self._clients, USERS, strict=False):
+                group.create_task(client.tell_of_somebody(user))
+
+    async def look_at_loaded(self) -> None:
+        """Let each user remove something, and ask for what was loaded ahead and nothing else."""
+        before = self.trace.shown["prefetched"]
+        async with asyncio.TaskGroup() as group:
+            for client, user in zip(self._clients, USERS, strict=False):
+                group.create_task(client.look_at_loaded(user))
+        self.trace.prefetched_alone += self.trace.shown["prefetched"] - before
+
+    def close(self) -> None:
+        """Close every connection."""
+        for client in self._clients:
+            client.close()
 
     async def _work(self, client: Talker, rng: random.Random) -> None:
         operations, weights = list(self._mix), list(self._mix.values())

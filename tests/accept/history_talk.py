@@ -58,6 +58,13 @@ class Talker(Actor):
         super().close()
         self._other.close()
 
+    async def tell_of_somebody(self, user: str) -> None:
+        """Say a message that names somebody, whom half of the memories name by now."""
+        name = self._rng.choice(NAMES)
+        for memory_id in IDS[::2]:
+            await self._put(user, memory_id, name)
+        await self._say(user, name)
+
     async def look_at_loaded(self, user: str) -> None:
         """Delete something, and ask for what was loaded ahead."""
         for memory_id in self._rng.sample(IDS + MESSAGES, len(IDS) // 2):
@@ -67,10 +74,10 @@ class Talker(Actor):
             wish = {"session_id": session, "text": "common", "stages": 2, "parts": parts}
             await self._ask(user, wish, {})
 
-    async def _say(self, user: str) -> None:
+    async def _say(self, user: str, name: str = "") -> None:
         memory_id = self._rng.choice(MESSAGES)
         path = f"{home(user)}/sessions/{memory_id[:2]}"
-        text = self._text(user, memory_id)
+        text = self._text(user, memory_id, name)
         if self._rng.random() < TYPED:
             await self._send("POST", f"{path}/typing", {"partial": text})
         body = {"id": memory_id, "text": text, "entities": named(text)}

@@ -1,15 +1,17 @@
-"""A service process on a free port, set up by REDISMEM_*: `python serve_child.py EMBED_S REDIS_S`.
+"""A service process on a free port, set up by REDISMEM_*; its arguments: EMBED_S REDIS_S HOLD.
 
-Prints the port before it serves. An embedding takes EMBED_S seconds and a Redis call up to REDIS_S more than
-it would, so that other requests overtake what stands between two round trips.
+Tells the port before it serves. An embedding takes EMBED_S seconds and a Redis call up to REDIS_S more than
+it would, so that other requests overtake what stands between two round trips. While there is a file HOLD, no
+embedding is made.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
-import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
@@ -20,13 +22,18 @@ from redismem.embed.protocol import Vectors
 from redismem.http.app import create_app
 from redismem.settings import Settings
 
+#: seconds until it is looked again whether embeddings are held back
+_LOOK_S = 0.02
 
-def slow_down(embed_s: float, redis_s: float) -> None:
+
+def slow_down(embed_s: float, redis_s: float, hold: str) -> None:
     embed, execute = DeterministicEmbedder.embed, Client.execute
     rng = random.Random(0)
 
     async def slow_embed(self: DeterministicEmbedder, texts: list[str], *, urgent: bool = True) -> Vectors:
         await asyncio.sleep(embed_s)
+        while os.path.exists(hold):  # noqa: ASYNC110, ASYNC240, PTH110  # another process removes it
+            await asyncio.sleep(_LOOK_S)
         return await embed(self, texts, urgent=urgent)
 
     async def slow_execute(self: Client, *command: Argument) -> Any:
@@ -37,13 +44,10 @@ def slow_down(embed_s: float, redis_s: float) -> None:
     Client.execute = slow_execute  # type: ignore[method-assign]
 
 
-def main() -> None:
-    slow_down(float(sys.argv[1]), float(sys.argv[2]))
+def main(arguments: Sequence[str], tell_port: Callable[[int], None]) -> None:
+    embed_s, redis_s, hold = arguments
+    slow_down(float(embed_s), float(redis_s), hold)
     listener = socket.create_server(("127.0.0.1", 0))
-    print(listener.getsockname()[1], flush=True)
+    tell_port(listener.getsockname()[1])
     config = uvicorn.Config(create_app(settings=Settings.from_environment()), log_level="warning")
     uvicorn.Server(config).run(sockets=[listener])
-
-
-if __name__ == "__main__":
-    main()

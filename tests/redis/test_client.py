@@ -144,8 +144,10 @@ async def test_without_redis_calls_are_refused_with_the_reason_and_is_up_tells(t
     assert client.is_up
     assert client.retry_after_s == 0
     for _ in range(3):
-        with pytest.raises(RedisUnavailable, match=r"cannot answer now \(ConnectionError\).*No such file"):
+        with pytest.raises(RedisUnavailable, match="cannot answer now: it cannot be reached") as caught:
             await client.execute("PING")
+        assert "No such file" in caught.value.detail
+        assert "none.sock" not in caught.value.message  # it is sent to callers
     assert not client.is_up
     assert 0 <= client.retry_after_s <= 2
     await client.close()
@@ -154,8 +156,9 @@ async def test_without_redis_calls_are_refused_with_the_reason_and_is_up_tells(t
 async def test_after_close_calls_are_refused(redis: EmbeddedRedis, client: Client) -> None:
     await client.execute("PING")
     await client.close()
-    with pytest.raises(RedisUnavailable, match="closed by this process"):
+    with pytest.raises(RedisUnavailable) as caught:
         await client.execute("PING")
+    assert "closed by this process" in caught.value.detail
 
 
 async def test_a_missing_function_is_told_apart(client: Client) -> None:
@@ -181,8 +184,9 @@ async def test_a_replica_refuses_writes_and_answers_reads(client: Client) -> Non
         await client.execute("SET", "k", "w")
     assert await client.execute("GET", "k") is None
     await client.execute("CONFIG", "SET", "replica-serve-stale-data", "no")
-    with pytest.raises(RedisUnavailable, match="MASTER"):
+    with pytest.raises(RedisUnavailable, match="not ready") as caught:
         await client.execute("GET", "k")
+    assert "MASTER" in caught.value.detail
 
 
 @pytest.mark.parametrize(

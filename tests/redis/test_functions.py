@@ -25,6 +25,8 @@ from redismem.keys import (
     STORE,
     WEIGHTS,
     Owner,
+    rate_key,
+    series_keys,
 )
 from redismem.lualib import Library, load_libraries, loaded_versions, shipped_libraries
 from redismem.material import digest
@@ -150,6 +152,8 @@ async def calls(service: Service, owner: Owner) -> list[Call]:
         ("rm_jobs_queue_v1", [JOBS_LATER], [1_800_000_000_000, "a profile"]),
         ("rm_jobs_retry_v1", [JOBS_DEAD, JOBS_LATER, JOBS_TRIES], [1_800_000_000_000, "a profile"]),
         ("rm_schedule_v1", [STORE, JOBS_LATER], ["nightly", 2, 1_800_000_000_000, " nightly"]),
+        ("rm_count_v1", list(series_keys(1_800_000_000)), [60, 60, "requests:get:ok", 1]),
+        ("rm_take_v1", [rate_key("0123456789ab")], [1_800_000_000_000, 10, 10, 1]),
     ]
 
 
