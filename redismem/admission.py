@@ -66,8 +66,9 @@ class Admission:
         if self._seen < _SAMPLE:
             return
         if self._slow >= _SLOW_SHARE * self._seen:
-            # from what was really at work: an idle service's limit says nothing
-            self._limit = max(self._least, min(self._limit, self._peak) * _SHRINK)
+            if self._peak > self._least:  # else they are slow by themselves, and do not wait for each other
+                # from what was really at work: an idle service's limit says nothing
+                self._limit = max(self._least, min(self._limit, self._peak) * _SHRINK)
         elif self._peak >= int(self._limit):
             self._limit = min(self._most, self._limit + 1)
         self._seen = self._slow = 0

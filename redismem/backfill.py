@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from contextvars import Context
 
 from redismem.codec import vector_bytes
 from redismem.embed import Embedder
@@ -60,7 +61,8 @@ class Backfill:
         self._idle.clear()
         self._wake.set()
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            # it outlives the request that happens to be the first
+            self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
     async def embed_now(self, owner: Owner, ids: Sequence[str], *, urgent: bool = False) -> list[str]:
         """Embed and store the vectors of `ids`; return those that still have none.

@@ -133,6 +133,8 @@ class Coherence:
         self.id = secrets.token_hex(6)
         #: told what L1 held before a change whose rule re-warms
         self.rewarm: Callable[[list[Entry]], None] = lambda _: None
+        #: told that the API keys changed
+        self.on_keys: Callable[[], None] = lambda: None
         #: told owner tag and id of each memory that Redis says was written
         self.on_push: Callable[[str, str], None] = lambda _tag, _id: None
         self._client = client
@@ -356,13 +358,15 @@ class Coherence:
             elif session := split_session_key(key):
                 self._l1.invalidate(session[0], (session_mark(session[1]),))
             elif key == API_KEYS:
-                self._l1.invalidate("", (API_KEYS_ID,))
+                self._drop("", (API_KEYS_ID,))
 
     def _drop(self, tag: str, ids: Iterable[str] | None) -> None:
         if ids is None:
             self._l1.invalidate_owner(tag)
         else:
             self._l1.invalidate(tag, ids)
+        if not tag:
+            self.on_keys()
 
     def _acknowledge(self, sender: str, number: int) -> None:
         if number == self._number:

@@ -30,6 +30,7 @@ from redismem.sessions import Loaded
 from redismem.stages import STAGES, Turn
 from redismem.tokens import TokenCounts
 from redismem.touches import Touches
+from redismem.trace import current
 from redismem.types import Hit, SearchReply
 from redismem.watch import Watch
 
@@ -109,6 +110,7 @@ class Contexts:
         work = Gathering(self._sources, owner, request)
         turn = Turn(owner, request, began_s, work, packer)
         stages: list[Stage] = []
+        trace = current.get()
         try:
             for number, fill in enumerate(STAGES[: request.stages], 1):
                 turn.begin(number)
@@ -119,6 +121,8 @@ class Contexts:
                 stages.append(packer.end(round(at_ms, 3), skipped=turn.skipped, reason=turn.reason))
                 if number == _COUNTED_STAGE:
                     self._count_at_hand(turn, stages[-1])
+                if trace is not None:
+                    trace.stages_s.append((number, time.perf_counter() - trace.began_s))
                 yield _shown(stages[-1])
             opened = await turn.opened()
             self._finish(turn, opened)

@@ -132,7 +132,8 @@ def _failing(found: list[Finding], name: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except RedisMemError as exc:
-        found.append(Finding(name=name, status="fail", seen=f"{exc.message} {exc.detail}".strip(), remedy=remedy))
+        seen = f"{exc.message} {exc.detail}".strip()
+        found.append(Finding(name=name, status="fail", seen=seen, remedy=remedy))
 
 
 async def _embedding(embedder: Embedder) -> Finding:

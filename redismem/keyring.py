@@ -62,6 +62,9 @@ class KeyRing:
         self._settings = settings
         self._clock = clock
         self._reading: _Reading | None = None
+        #: as it was last read, however long ago: for operators who look while Redis is away
+        self.last: KeyTable | None = None
+        coherence.on_keys = self._forget
 
     def known(self) -> KeyTable | None:
         """Return the table of L1, or None: ask `table`. Cost: microseconds, no I/O."""
@@ -153,11 +156,15 @@ class KeyRing:
         await self._changed()
         return key.facts()
 
+    def _forget(self) -> None:
+        self.last = None
+
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
 
     async def _changed(self) -> None:
         self._l1.invalidate(_NOBODY, (API_KEYS_ID,))
+        self._forget()
         await self._coherence.barrier({_NOBODY: [API_KEYS_ID]})
 
     async def _once(self) -> KeyTable:
@@ -185,6 +192,8 @@ class KeyRing:
         flat = await self._client.execute("HGETALL", API_KEYS)
         raw = dict(zip(flat[::2], flat[1::2], strict=True))
         table = KeyTable.parsed(raw)
+        if ticket is not None and not ticket.void:
+            self.last = table
         if ticket is not None and self._coherence.is_live():
             self._l1.fill(
                 ticket,

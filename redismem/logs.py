@@ -1,12 +1,13 @@
 """How the processes of a service log: lines for people or JSON for programs, each with its request's id.
 
-What is logged holds no text of a memory, no query and no key; see tests/http/test_logs.py.
+Logs hold no text of a memory, no query, no API key and no user: tests/http/test_no_text_in_logs.py holds them to it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +15,10 @@ from redismem.settings import Settings
 from redismem.trace import current
 
 #: what a LogRecord has by itself; the rest came by `extra`
-_OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+_OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
+
+#: the hash tag in a name of ours: whose it is
+_TAG = re.compile(r"(redismem:\w+:)\{[^{}]*\}")
 
 
 class JsonLines(logging.Formatter):
@@ -30,7 +34,7 @@ class JsonLines(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _OWN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return _without_users(json.dumps(line, default=str, ensure_ascii=False))
 
 
 class Lines(logging.Formatter):
@@ -39,9 +43,17 @@ class Lines(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def format(self, record: logging.LogRecord) -> str:
+        return _without_users(super().format(record))
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name of its base
         told = [f"{name}={value}" for name, value in vars(record).items() if name not in _OWN]
         return " ".join([super().formatMessage(record), *told])
+
+
+def _without_users(line: str) -> str:
+    """Return a line without the users that keys and indexes are named after; errors of Redis quote these."""
+    return _TAG.sub(r"\1{…}", line)
 
 
 class WithRequest(logging.Filter):

@@ -73,7 +73,7 @@ _HISTOGRAMS: Mapping[HistogramName, tuple[str, str, tuple[str, ...], tuple[float
     ),
     "trips": (
         "redismem_redis_round_trips",
-        "Round trips to Redis of a request",
+        "Round trips to Redis of a request that L1 did not answer",
         ("operation",),
         (0, 1, 2, 3, 4, 6, 10),
     ),

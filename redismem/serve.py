@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from redismem.embed import Embedder, open_embedder
 from redismem.embedded import EmbeddedRedis
-from redismem.errors import Misconfigured
+from redismem.errors import Misconfigured, RedisUnavailable
 from redismem.http.app import end_with_parent
 from redismem.keys import API_KEYS
 from redismem.logs import log_config
@@ -120,8 +120,11 @@ def work(settings: Settings) -> None:
     end_with_parent()
     # it answers no reads; threads of BLAS and of the model wait for each other where the cores are busy
     settings = replace(settings, l1_entries=0, embedder_threads=1)
-    with threadpool_limits(1):
-        asyncio.run(_work(settings))
+    try:
+        with threadpool_limits(1):
+            asyncio.run(_work(settings))
+    except RedisUnavailable as exc:
+        raise SystemExit(f"the worker needs Redis: {exc.message}") from exc
 
 
 async def _work(settings: Settings) -> None:

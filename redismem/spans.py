@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from redismem.trace import Trace
@@ -28,12 +28,15 @@ class Spans:
 
     Args:
         tracer: of an OpenTelemetry provider.
+        close: ends the provider, and sends what it still holds.
     """
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, close: Callable[[], object] = lambda: None) -> None:
         from opentelemetry import propagate, trace  # noqa: PLC0415  # an optional package
 
         self._tracer = tracer
+        #: sends what waits
+        self.close = close
         self._propagate, self._api = propagate, trace
 
     @classmethod
@@ -54,7 +57,7 @@ class Spans:
         name = os.environ.get("OTEL_SERVICE_NAME", "redismem")
         provider = TracerProvider(resource=Resource.create({"service.name": name}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        return cls(provider.get_tracer("redismem"))
+        return cls(provider.get_tracer("redismem"), provider.shutdown)
 
     def record(self, trace: Trace, method: str, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Make the spans of a request that has just ended; its caller's trace goes on in them."""

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from contextvars import Context
 
 from redismem.client import Argument
 from redismem.errors import RedisMemError
@@ -59,7 +60,8 @@ class Touches:
         elif ids and len(pending) < MAX_PENDING and not self._closing.is_set():
             pending[key] = count
             if self._task is None:
-                self._task = asyncio.create_task(self._run())
+                # it outlives the request that happens to be the first
+                self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
     async def flush(self) -> None:
         """Send what was counted so far. Cost: one round trip."""

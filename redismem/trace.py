@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Literal
 
 Part = Literal["redis", "embed", "barrier"]
@@ -18,25 +17,37 @@ Part = Literal["redis", "embed", "barrier"]
 #: whence a read was answered; `none`: nothing is cached of this kind
 CacheStatus = Literal["l1", "l2", "l3", "none"]
 
+Span = tuple[Part, float, float]
 
-@dataclass(slots=True, eq=False)
+
 class Trace:
-    """One request. Times are `time.perf_counter()` seconds."""
+    """One request. Times are `time.perf_counter()` seconds.
 
-    operation: str
-    request_id: str
-    began_s: float = field(default_factory=time.perf_counter)
-    cache_status: CacheStatus = "none"
-    #: too much was asked at once
-    is_refused: bool = False
-    #: commands or pipelines that were sent to Redis and waited for
-    round_trips: int = 0
-    #: seconds by part; what runs side by side counts twice
-    spent_s: dict[Part, float] = field(default_factory=dict)
-    #: seconds from the begin until each stage of a context was handed over
-    stages_s: list[float] = field(default_factory=list)
-    #: part, begin and end of each wait, kept for OpenTelemetry only
-    spans: list[tuple[Part, float, float]] | None = None
+    Attributes:
+        operation, request_id: what it is, and its name in logs.
+        cache_status: whence a read was answered.
+        is_refused: too much was asked at once.
+        round_trips: commands or pipelines that were sent to Redis and waited for.
+        spent_s: seconds by part; what runs side by side counts twice.
+        stages_s: number, and seconds from the begin until it was handed over, of each stage of a context.
+        spans: part, begin and end of each wait; kept for OpenTelemetry only, else None.
+    """
+
+    __slots__ = (
+        *("began_s", "cache_status", "is_refused", "operation", "request_id"),
+        *("round_trips", "spans", "spent_s", "stages_s"),
+    )
+
+    def __init__(self, operation: str, request_id: str, *, spans: list[Span] | None = None) -> None:
+        self.operation = operation
+        self.request_id = request_id
+        self.spans = spans
+        self.began_s = time.perf_counter()
+        self.cache_status: CacheStatus = "none"
+        self.is_refused = False
+        self.round_trips = 0
+        self.spent_s: dict[Part, float] = {}
+        self.stages_s: list[tuple[int, float]] = []
 
     def add(self, part: Part, began_s: float) -> None:
         """Count what began then and ends now."""

@@ -41,8 +41,8 @@ class Watch:
         self._tickets = [self._since]
 
     def is_sure(self) -> bool:
-        """Return whether `changed` tells everything."""
-        return self._coherence.is_live()
+        """Return whether `changed` tells what changed: not without a lease, nor after it was lost once."""
+        return self._coherence.is_live() and self._since.gone is not None
 
     def changed_at_all(self, ids: Iterable[str]) -> set[str]:
         """Return which of the ids may have changed since the watch began."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import time
@@ -23,6 +24,13 @@ from redismem.settings import Settings
 # the same examples in every run: a change is judged by what it changed
 hypothesis.settings.register_profile("redismem", derandomize=True, database=None)
 hypothesis.settings.load_profile("redismem")
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector leave alone what lasts for the whole run: else each collection looks at all of it."""
+    gc.collect()
+    gc.freeze()
+
 
 #: every key the store may hold: pattern -> whether it may live without a TTL
 SCHEMA = {

@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,13 +29,37 @@ from tests.conftest import lasting_keys
 Start = Callable[..., subprocess.Popen[str]]
 
 _WAIT_S = 120
+#: settings of every demo; a slow machine would log slow requests among what is read here
+OWN = {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1", "REDISMEM_SLOW_REQUEST_MS": "600000"}
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder with a short name: the path of a socket may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="rm-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_run() -> tuple[str, str]:
+    """What `redismem demo` prints, piped; it is the same for all who only read it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("REDISMEM_")}
+    with tempfile.TemporaryDirectory(prefix="rm-") as folder:
+        folders = {"XDG_DATA_HOME": f"{folder}/data", "TMPDIR": folder}
+        command = [sys.executable, "-m", "redismem", "demo"]
+        pipe = subprocess.PIPE
+        printed = finished(
+            subprocess.Popen(command, env={**kept, **folders, **OWN}, stdout=pipe, stderr=pipe, text=True)
+        )
+        assert list(Path(folder).iterdir()) == [], "everything is removed"
+    return printed
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("REDISMEM_")}
     folders = {"XDG_DATA_HOME": str(tmp_path / "data"), "TMPDIR": str(tmp_path)}
-    return {**kept, **folders, "REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1"}
+    return {**kept, **folders, **OWN}
 
 
 @pytest.fixture
@@ -87,10 +112,8 @@ def ndjson(path: Path, *lines: Mapping[str, object] | str) -> str:
     return str(path)
 
 
-def test_the_sample_life_is_stored_asked_and_summed_up(
-    demo: Start, sample_life: Path, tmp_path: Path
-) -> None:
-    out, err = finished(demo())
+def test_the_sample_life_is_stored_asked_and_summed_up(plain_run: tuple[str, str], sample_life: Path) -> None:
+    out, err = plain_run
     assert err == ""
     lines = [json.loads(line) for line in sample_life.read_text().splitlines()]
     assert out.startswith(f"{len(lines)} memories stored at http://127.0.0.1:")
@@ -103,11 +126,10 @@ def test_the_sample_life_is_stored_asked_and_summed_up(
     assert "Median milliseconds: HTTP" in out
     for command in ("redismem demo --serve", "redismem serve", "curl -s http", "redis-cli -s "):
         assert command in out
-    assert [path.name for path in tmp_path.iterdir()] == [], "everything is removed"
 
 
-def test_piped_output_has_no_colours_and_a_table_of_100_columns(demo: Start) -> None:
-    out, _ = finished(demo())
+def test_piped_output_has_no_colours_and_a_table_of_100_columns(plain_run: tuple[str, str]) -> None:
+    out, _ = plain_run
     assert "\x1b" not in out
     table, _, _ = out.partition("To go on:")
     assert max(map(len, table.splitlines())) <= 100
@@ -161,8 +183,8 @@ def test_a_conversation_shows_its_stages_and_leaves_nothing(demo: Start, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_a_short_conversation_follows_the_questions(demo: Start) -> None:
-    out, _ = finished(demo())
+def test_a_short_conversation_follows_the_questions(plain_run: tuple[str, str]) -> None:
+    out, _ = plain_run
     shown = turns(out)
     assert len(shown) == 2
     for steps in shown.values():
@@ -277,8 +299,19 @@ async def test_an_existing_redis_is_left_as_it_was(demo: Start, service: Service
     out, _ = finished(demo(REDISMEM_REDIS_URL=redis_url))
     assert "none came back" in out
     left = await lasting_keys(service.client)
-    # vectors of queries belong to nobody and expire; the demo's worker does whatever is due
-    names = ("embed:", "jobs", "fresh:", "similar:", "profile:", "made:", "topics:", "summar", "weights")
+    # vectors of queries and what was measured belong to nobody; the demo's worker does whatever is due
+    names = (
+        "embed:",
+        "jobs",
+        "fresh:",
+        "similar:",
+        "profile:",
+        "made:",
+        "topics:",
+        "summar",
+        "weights",
+        "series:",
+    )
     derived = tuple(f"redismem:{name}".encode() for name in names)
     assert {key for key in left if not key.startswith(derived)} == {
         key for key in before if not key.startswith(derived)

@@ -220,6 +220,7 @@ class MiniLMEmbedder:
 
 
 def _session(model: bytes, threads: int) -> ort.InferenceSession:
+    ort.disable_telemetry_events()  # since 1.32 it would tell its maker what it does
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import signal
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -30,6 +33,7 @@ from redismem.http.table import OPERATIONS
 from redismem.http.wire import GENERATION_HEADER, error_response, failure_response, json_response
 from redismem.service import Service, open_service
 from redismem.settings import Settings
+from redismem.spans import Spans
 
 
 class RawPath:
@@ -62,9 +66,17 @@ async def _http_error(request: Request, exc: Exception) -> Response:
     return response
 
 
+@cache
+def _documentation() -> tuple[dict[str, Any], str]:
+    """Return the OpenAPI document and its page."""
+    document = openapi_document(OPERATIONS)
+    return document, docs_page(document)
+
+
 def create_app(service: Service | None = None, settings: Settings | None = None) -> ASGIApp:
     """Return the application of an open service, or of one that it opens at startup from settings."""
     settings = service.settings if service else settings or Settings.from_environment()
+    spans = Spans.installed()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -73,10 +85,13 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
             return
         async with open_service(settings) as opened, opened.kept_up():
             app.state.service = opened
-            yield
+            try:
+                yield
+            finally:
+                if spans is not None:  # uvicorn's workers end by a signal, without atexit
+                    await asyncio.to_thread(spans.close)
 
-    document = openapi_document(OPERATIONS)
-    page = docs_page(document)
+    document, page = _documentation()
 
     async def openapi(request: Request) -> Response:
         dim = request.app.state.service.embedder.dim
@@ -106,9 +121,7 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
     ]
     told.append(("GET", "/metrics", "metrics", "admin"))
     told += [("GET", route.path, "page", "open") for route in pages]
-    gate = Gate(
-        HotPath(Admitted(RawPath(app), app), app), app, Matcher(told), may_be_open=settings.may_be_open
-    )
+    gate = Gate(HotPath(Admitted(RawPath(app), app), app), app, Matcher(told), settings, spans)
     if not settings.origins:
         return gate
     return CORSMiddleware(

@@ -32,10 +32,14 @@ from redismem.errors import InvalidInput, RedisMemError
 from redismem.fields import checked_name
 from redismem.http.routes import body_of, flag_of, owner_of, service_of
 from redismem.http.wire import converted, decoded, error_body, json_response, path_part, read_body
+from redismem.trace import current
 
 T = TypeVar("T")
 
 EVENTS = "text/event-stream"
+
+#: what a context is called that comes as a stream
+STREAM = "context_stream"
 
 #: messages of a session that are shown
 _SHOWN, MOST_SHOWN = 20, 200
@@ -127,6 +131,8 @@ async def context(request: Request) -> Response:
     except BaseException:
         await stages.aclose()
         raise
+    if (trace := current.get()) is not None:
+        trace.operation = STREAM
     return _EventStream(_events(first, stages, request.state.request_id))
 
 

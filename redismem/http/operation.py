@@ -12,8 +12,11 @@ from starlette.responses import Response
 
 from redismem.errors import InvalidInput
 
-#: what an API key must be allowed to; `open`: no key is needed
-Access = Literal["open", "read", "write", "admin"]
+#: what an API key must be allowed to; `open`: no key is needed; `any`: whatever it allows
+Access = Literal["open", "any", "read", "write", "admin"]
+
+_USERS = b"/v1/users/"
+_OF_USER = "/v1/users/{user}/"
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -54,7 +57,7 @@ class Told:
     access: Access
 
 
-OTHER = Told("other", "read")
+OTHER = Told("other", "any")
 
 
 def guarded(operation: Operation) -> Handler:
@@ -88,7 +91,12 @@ class Matcher:
     def __init__(self, operations: Iterable[tuple[str, str, str, Access]]) -> None:
         """Args: method, path, name and access of each operation."""
         self._known: dict[tuple[str, int], list[tuple[tuple[tuple[int, bytes], ...], Told]]] = {}
+        #: by method and what follows the user, where nothing in it varies: most requests
+        self._of_user: dict[tuple[str, bytes], Told] = {}
         for method, path, name, access in operations:
+            rest = path.removeprefix(_OF_USER)
+            if rest != path and "{" not in rest:
+                self._of_user[method, rest.encode()] = Told(name, access)
             parts = path.encode().split(b"/")
             fixed = tuple((i, part) for i, part in enumerate(parts) if not part.startswith(b"{"))
             self._known.setdefault((method, len(parts)), []).append((fixed, Told(name, access)))
@@ -97,7 +105,14 @@ class Matcher:
 
     def told(self, method: str, raw_path: bytes) -> Told:
         """Return name and access; of what is none of them `other`, for which any key will do."""
+        if raw_path.startswith(_USERS):
+            user, _, rest = raw_path[len(_USERS) :].partition(b"/")
+            known = self._of_user.get((method, rest))
+            if known is not None and user:
+                return known
         parts = raw_path.split(b"/")
+        if b"" in parts[1:]:
+            return OTHER
         method = "GET" if method == "HEAD" else method
         for fixed, told in self._known.get((method, len(parts)), ()):
             for i, part in fixed:

@@ -70,6 +70,7 @@ async def start(data_dir: Path, tmp_path: Path) -> AsyncIterator[Start]:
     async def one(embed_s: float = 0.0, redis_s: float = 0.0, **settings: object) -> Running:
         environ = {"REDISMEM_DATA_DIR": str(data_dir), "REDISMEM_TESTING": "1"}
         environ |= {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_REDIS_TIMEOUT_S": "2"}
+        environ |= {"REDISMEM_OVERLOAD_MS": "0"}  # streams are many and slow on purpose
         environ |= {f"REDISMEM_{name.upper()}": str(value) for name, value in settings.items()}
         arguments = [str(embed_s), str(redis_s), str(tmp_path / HOLD)]
         process = Forked(serve_child.main, arguments, environ, tmp_path / f"service{len(started)}.log")

@@ -101,6 +101,7 @@ class Cluster:
         """Start a child; return when it has told its port."""
         environ = {"REDISMEM_REDIS_URL": self._redis.url}
         environ |= {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1"}
+        environ |= {"REDISMEM_OVERLOAD_MS": "0"}  # a slow machine would refuse what is to be seen
         environ |= {"REDISMEM_MEMORY_TTL_S": str(self.memory_ttl_s)}
         environ |= {"REDISMEM_SEARCH_TTL_S": str(self.search_ttl_s)}
         self._started += 1

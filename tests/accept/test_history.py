@@ -28,8 +28,8 @@ from tests.conftest import until
 
 pytestmark = pytest.mark.accept
 
-DURATION_S = float(os.environ.get("REDISMEM_HISTORY_S", "60"))
-TALK_S, BROKEN_S = 12.0, 2.0
+DURATION_S = float(os.environ.get("REDISMEM_HISTORY_S", "40"))
+TALK_S, BROKEN_S = 8.0, 2.0
 #: times as long as it should take a run may go on, and seconds until it is asked again what it lacks
 PATIENCE, SLICE_S = 8, 1.0
 #: seconds in which something must be loaded ahead, and for all rounds of looking at it
@@ -39,18 +39,18 @@ MEMORY_TTL_S, SEARCH_TTL_S = 3.0, 6.0
 
 #: acknowledged operations, at least; below, the run would prove little
 LEAST_DONE = {
-    "search": 4000,
-    "get": 1200,
-    "batch": 300,
-    "list": 180,
-    "put": 600,
-    "patch": 90,
-    "delete": 180,
-    "correct": 24,
-    "forget": 12,
-    "context": 180,
-    "stream": 210,
-    "say": 180,
+    "search": 2700,
+    "get": 800,
+    "batch": 200,
+    "list": 120,
+    "put": 400,
+    "patch": 60,
+    "delete": 120,
+    "correct": 16,
+    "forget": 8,
+    "context": 120,
+    "stream": 140,
+    "say": 120,
 }
 #: deletes acknowledged between the starts of two faults, at least
 LEAST_DELETES = 1

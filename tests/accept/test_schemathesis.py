@@ -48,7 +48,7 @@ async def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
                 HERE / "schemathesis.toml",
             ),
             *("run", f"{url}/openapi.json", "--phases", PHASES),
-            *("--max-examples", "15", "--seed", "7", "--no-color"),
+            *("--max-examples", "8", "--seed", "7", "--no-color"),
             cwd=tmp_path,
             env=environment | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(HERE)},
             stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ does what is due and kills itself, and prints how that ended.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import os
 import random
@@ -103,6 +104,7 @@ async def work(settings: Settings, mode: str, number: int) -> None:
 
 def main() -> None:
     settings = Settings(redis_url=sys.argv[1], embedder="deterministic", testing=True)
+    importlib.import_module("sklearn.cluster")  # which each fork would import at its first topics: 1 s
     for line in sys.stdin:
         mode, number = line.split()
         if (pid := os.fork()) == 0:

@@ -259,7 +259,7 @@ async def test_a_stream_gives_its_place_back_when_it_begins(opened: Open, gate: 
             await go_on.wait()
 
     scope = scope_of("POST", CONTEXT, {"Content-Type": "application/json", "Accept": "text/event-stream"})
-    stream = asyncio.create_task(store.app(scope, _in_pieces(b'{"text": "tea", "stages": 3}'), send))
+    stream = asyncio.ensure_future(store.app(scope, _in_pieces(b'{"text": "tea", "stages": 3}'), send))
     await asyncio.wait_for(began.wait(), 10)
     assert store.in_flight == 0
     assert (await store.search("another")).status == 200
@@ -325,7 +325,7 @@ async def test_a_request_that_was_refused_costs_its_key_nothing(opened: Open) ->
 @asynccontextmanager
 async def listening(app: ASGIApp) -> AsyncIterator[tuple[str, int]]:
     """Serve an application by uvicorn, as `serve` does; yield its place."""
-    config = uvicorn.Config(app, port=0, lifespan="off", http="httptools", log_level="critical")
+    config = uvicorn.Config(app, port=0, lifespan="off", http="httptools", log_config=None)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     await until("it listens", lambda: asyncio.sleep(0, server.started))

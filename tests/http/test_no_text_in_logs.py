@@ -164,7 +164,6 @@ async def test_an_embedder_that_is_away_is_told_without_what_it_was_asked(
     assert_silent(stream, warming=False)
 
 
-@pytest.mark.xfail(strict=True, reason="an RMEM_TYPE error names the key, with the user's id, and is logged")
 async def test_a_key_of_a_foreign_type_is_told_without_whose_it_is(
     app: ASGIApp, logging_all: Service, stream: io.StringIO
 ) -> None:
@@ -190,9 +189,6 @@ async def test_an_index_that_is_gone_is_told_without_whose_it_is(
     assert_silent(stream, warming=False)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="RediSearch's error names the index, with the user's id; logged at debug"
-)
 async def test_a_user_without_an_index_is_warmed_in_silence(
     app: ASGIApp, logging_all: Service, stream: io.StringIO
 ) -> None:

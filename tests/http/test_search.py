@@ -319,7 +319,7 @@ async def test_a_slow_embedder_does_not_hold_a_search_beyond_max_ms(
 
     started = time.monotonic()
     hybrid = await gated_http.post(path, json=form({"text": "Lisbon", "max_ms": 40}))
-    assert 0.03 < time.monotonic() - started < 1
+    assert 0.03 < time.monotonic() - started < 5
     body = hybrid.json() if path == SEARCH else hybrid.json()["results"][1]
     assert body["partial"] is True
     # on busy cores Redis may be late too

@@ -43,7 +43,7 @@ from redismem.worker.tools import Overtaken, Tools
 from redismem.worker.topics import topics
 
 #: runs, and in each writes and steps of handlers
-RUNS, STEPS = 4, 1000
+RUNS, STEPS = 2, 1000
 #: handlers on their way at the same time
 MOST_RUNNING = 3
 #: memories of the owner, about

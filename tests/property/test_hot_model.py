@@ -102,7 +102,7 @@ async def compare(execute: Call, owner: Owner, model: Model) -> None:
 
 
 @given(script=steps, ttl_ms=st.sampled_from([1000, 7000, 10**9]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 async def test_a_server_of_another_make_does_what_the_model_says(
     script: list[tuple[str, Any, int, int]], ttl_ms: int
 ) -> None:

@@ -25,6 +25,8 @@ SESSIONS = [None, "s", "S", "t s"]
 TEXTS = ["tea", "Anna: tea", "Mary Ann: coffee", "rain"]
 
 Call = Callable[..., Awaitable[Any]]
+#: of a record, what is compared
+SHOWN = "text content_hash session_id superseded_by version created_at embedding embedder".split()
 
 
 @dataclass
@@ -241,9 +243,13 @@ def plain(reply: Any) -> Any:
 
 @dataclass
 class Play:
-    """Random calls to a server and to the model; both must answer and look alike after each."""
+    """Random calls to a server and to the model; both must answer and look alike after each.
+
+    `pipeline` returns the replies of several commands.
+    """
 
     execute: Call
+    pipeline: Call
     open_index: Call
     owner: Owner
     rng: random.Random
@@ -374,27 +380,34 @@ class Play:
             for before, memory_id, after in zip(["", *chain], chain, [*chain[1:], ""], strict=False):
                 position, name = model.places[memory_id]
                 turns[f"l{memory_id}"] = "\x1f".join((before, after, str(position), name, session))
-        flat = plain(await self.execute("HGETALL", owner.turns))
+        flat, keys, ids, exist, generation, *rows = await self.pipeline(
+            [
+                ("HGETALL", owner.turns),
+                ("KEYS", owner.memory_prefix.replace("{", "?") + "*"),
+                ("ZRANGE", owner.ids, 0, -1, "WITHSCORES"),
+                ("EXISTS", owner.meta, owner.log, owner.turns, owner.ids),
+                ("HGET", owner.meta, "generation"),
+                *(("HMGET", owner.memory(memory_id), *SHOWN) for memory_id in model.records),
+            ]
+        )
+        flat, ids = plain(flat), plain(ids)
         assert dict(zip(flat[::2], flat[1::2], strict=True)) == turns
-        keys = set(plain(await self.execute("KEYS", owner.memory_prefix.replace("{", "?") + "*")))
-        assert keys == {owner.memory(memory_id) for memory_id in model.records}
-        ids = plain(await self.execute("ZRANGE", owner.ids, 0, -1, "WITHSCORES"))
+        assert set(plain(keys)) == {owner.memory(memory_id) for memory_id in model.records}
         scores = [round(float(score) * us) for score in ids[1::2]]
         stored = dict(zip(ids[::2], scores, strict=True))
         assert stored == pytest.approx({one.id: one.created_us for one in model.records.values()}, abs=1)
         if model.generation is None:
-            assert await self.execute("EXISTS", owner.meta, owner.log, owner.turns, owner.ids) == 0
+            assert exist == 0
         else:
-            assert plain(await self.execute("HGET", owner.meta, "generation")) == str(model.generation)
-        for record in model.records.values():
-            await self.compare_record(record)
+            assert plain(generation) == str(model.generation)
+        for record, row in zip(model.records.values(), rows, strict=True):
+            self.compare_record(record, row)
         fresh = {record.version for record in model.records.values() if record.version > self.highest}
         assert len(fresh) == len([r for r in model.records.values() if r.version in fresh])
         self.highest = max(self.highest, model.generation or 0)
 
-    async def compare_record(self, record: Record) -> None:
-        names = "text content_hash session_id superseded_by version created_at embedding embedder".split()
-        *raw, vector, embedder = await self.execute("HMGET", self.owner.memory(record.id), *names)
+    def compare_record(self, record: Record, row: list[Any]) -> None:
+        *raw, vector, embedder = row
         *shown, created = [None if item is None else item.decode() for item in raw]
         wanted = [record.text, record.content_hash, record.session, record.superseded_by, str(record.version)]
         assert shown == wanted
@@ -422,7 +435,8 @@ async def test_the_server_does_what_the_model_says(service: Service, seed: int) 
         schema = index_schema(owner, FIELD, DIM)
         await service.client.execute("FCALL", "rm_open_v1", 3, *keys, now_ms, EMBEDDER, DIM, FIELD, *schema)
 
-    play = Play(service.client.execute, open_index, service.owner("a{b}"), random.Random(seed))
+    client = service.client
+    play = Play(client.execute, client.pipeline, open_index, service.owner("a{b}"), random.Random(seed))
     await play.run(600)
     await play.forget()
     await play.compare()
@@ -450,6 +464,9 @@ async def test_a_server_without_search_does_what_the_model_says(seed: int) -> No
         )
         server.hset(owner.meta, mapping=dict(zip(names.split(), values, strict=True)))
 
-    play = Play(execute, open_index, Owner("a{b}", "n"), random.Random(seed))
+    async def pipeline(commands: list[tuple[Argument, ...]]) -> list[Any]:
+        return [await execute(*command) for command in commands]
+
+    play = Play(execute, pipeline, open_index, Owner("a{b}", "n"), random.Random(seed))
     await play.run(250)
     assert play.outcomes >= {"put CREATED", "update OK", "delete DELETED", "correct CREATED", "embed OK"}

@@ -413,17 +413,18 @@ def _fill_as_in_use(cache: L1, kind: Kind, owners: int, per_owner: int) -> None:
 @pytest.mark.parametrize("per_owner", [5, 40, 1000])
 @pytest.mark.parametrize("kind", ["search", "memory", "embedding"])
 def test_the_reported_size_is_what_tracemalloc_says(kind: Kind, per_owner: int) -> None:
+    entries = 10_000
     gc.collect()
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         cache = roomy()
-        _fill_as_in_use(cache, kind, 20_000 // per_owner, per_owner)
+        _fill_as_in_use(cache, kind, entries // per_owner, per_owner)
         gc.collect()
         used = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert len(cache) == 20_000
+    assert len(cache) == entries
     assert cache.size_bytes == pytest.approx(used, rel=0.15)
 
 

@@ -145,7 +145,6 @@ def test_ours_are_told_from_info_on_others_from_warnings_on(
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="uvicorn's extra color_message, with terminal codes, is told too")
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_what_uvicorn_adds_for_its_own_colours_is_left_out(
     log_format: str, monkeypatch: pytest.MonkeyPatch, restored: None

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from prometheus_client.parser import text_string_to_metric_families
 
-from redismem.metrics import Metrics
+from redismem.metrics import HistogramName, Metrics
 from redismem.slo import BOUNDS_MS
 
 #: the contract with dashboards and alerts: histogram -> labels, upper bounds
-HISTOGRAMS = {
+HISTOGRAMS: dict[str, tuple[tuple[str, ...], list[float]]] = {
     "memory_retrieval_seconds": (
         ("operation", "cache_status"),
         [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0],
@@ -43,7 +43,7 @@ HISTOGRAMS = {
     "redismem_redis_round_trips": (("operation",), [0, 1, 2, 3, 4, 6, 10]),
     "redismem_job_seconds": (("kind",), [0.01, 0.1, 1, 10, 60, 600]),
 }
-SHORT = {
+SHORT: dict[HistogramName, str] = {
     "retrieval": "memory_retrieval_seconds",
     "context": "redismem_context_seconds",
     "stage": "redismem_context_stage_seconds",
@@ -65,7 +65,7 @@ COUNTERS = {
     "redismem_jobs_done": ("kind", "outcome"),
     "redismem_slow_requests": ("operation",),
 }
-GAUGES = {
+GAUGES: dict[str, tuple[str, ...]] = {
     "cache_size_bytes": ("cache_type",),
     "redismem_cache_entries": ("cache_type",),
     "index_size_vectors": (),
@@ -107,10 +107,10 @@ def buckets(metrics: Metrics, name: str, **labels: str) -> list[tuple[float, flo
 
 
 @pytest.mark.parametrize("short", SHORT)
-def test_a_histogram_has_the_name_the_labels_and_the_buckets_of_the_contract(short: str) -> None:
+def test_a_histogram_has_the_name_the_labels_and_the_buckets_of_the_contract(short: HistogramName) -> None:
     labels, bounds = HISTOGRAMS[SHORT[short]]
     metrics = Metrics()
-    metrics.observe(short, 0.0, *("x" for _ in labels))  # type: ignore[arg-type]  # each of them
+    metrics.observe(short, 0.0, *["x" for _ in labels])
     found = told(metrics)
     (key,) = found[f"{SHORT[short]}_count"]
     assert {name for name, _ in key} == set(labels)

@@ -114,12 +114,21 @@ def test_every_field_is_read_from_its_variable() -> None:
         "llm_timeout_s": "3.5",
         "max_body_bytes": "2048",
         "log_length": "5",
+        "insecure": "yes",
+        "max_in_flight": "12",
+        "overload_ms": "50.5",
+        "request_timeout_s": "2.5",
+        "cors_origins": "https://a.example",
+        "log_format": "json",
+        "slow_request_ms": "100.5",
+        "access_log": "1",
     }
     assert set(raws) == {item.name for item in fields(Settings)}
     settings = Settings.from_environment({"REDISMEM_" + name.upper(): raw for name, raw in raws.items()})
     for name, raw in raws.items():
         value = getattr(settings, name)
-        flags = {"testing": "True", "stale_if_error": "True", "worker": "False"}
+        flags = dict.fromkeys(("testing", "stale_if_error", "insecure", "access_log"), "True")
+        flags["worker"] = "False"
         assert str(value) == flags.get(name, raw)
         assert type(value) is type(getattr(Settings(), name)) or isinstance(value, Path)
 
@@ -141,3 +150,39 @@ def test_settings_cannot_be_changed() -> None:
 
 def test_defaults_serve_on_loopback_only() -> None:
     assert Settings().host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_store_without_keys_may_be_open_where_only_this_machine_connects(host: str) -> None:
+    assert Settings(host=host).may_be_open
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "::", "", "10.0.0.1", "::ffff:0.0.0.0", "example.com", "localhost.example.com", "0", "*"],
+)
+def test_anywhere_else_it_may_be_open_only_when_told_so(host: str) -> None:
+    assert not Settings(host=host).may_be_open
+    assert Settings(host=host, insecure=True).may_be_open
+
+
+def test_origins_are_parted_by_commas_and_are_none_by_default() -> None:
+    assert Settings().origins == ()
+    assert Settings(cors_origins=" https://a.example , http://localhost:3000,").origins == (
+        "https://a.example",
+        "http://localhost:3000",
+    )
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "null", "a.example", "https://a.example/", "https://a.example/app", "https://*.example", "ftp://a"],
+)
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    with pytest.raises(Misconfigured, match="REDISMEM_CORS_ORIGINS"):
+        Settings(cors_origins=f"https://b.example,{origin}")
+
+
+def test_a_log_format_is_one_of_those_there_are() -> None:
+    with pytest.raises(Misconfigured, match="REDISMEM_LOG_FORMAT"):
+        Settings.from_environment({"REDISMEM_LOG_FORMAT": "xml"})

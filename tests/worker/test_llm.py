@@ -247,7 +247,7 @@ async def test_an_endpoint_that_does_not_work_is_no_summary_and_is_left_alone(
     endpoint.answers = [answer]
     started = time.monotonic()
     assert (await failure(model)).is_away
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     asked = len(endpoint.requests)
     endpoint.answers = [says(WRITTEN)]
     await failure(model)
