@@ -90,12 +90,13 @@ def histogram(table: Table) -> dict[str, Any]:
 def recovered_s(table: Table, from_s: float, to_s: float, bar_ms: float, window_s: float) -> float | None:
     """Return the seconds after `from_s` from when P95 stays within the bar for a window; null: it never did.
 
-    What is refused or fails in a window keeps it from counting as recovered.
+    More than FAILING_SHARE refused or failed in a window keeps it from counting as recovered.
     """
     for begin_s in np.arange(from_s, to_s - window_s, 0.25).tolist():
         part = table.between(begin_s, begin_s + window_s)
         told = spread(part.took_ms[part.ok])
-        if part.ok.all() and told["p95"] is not None and told["p95"] <= bar_ms:
+        is_answering = len(part.ok) - part.ok.sum() <= FAILING_SHARE * len(part.ok)
+        if is_answering and told["p95"] is not None and told["p95"] <= bar_ms:
             return round(begin_s - from_s, 2)
     return None
 

@@ -1,6 +1,6 @@
 """How the processes of a service log: lines for people or JSON for programs, each with its request's id.
 
-Logs hold no text of a memory, no query, no API key and no user: tests/http/test_no_text_in_logs.py holds them to it.
+Logs hold no text of a memory, no query, no API key and no user (tests/http/test_no_text_in_logs.py).
 """
 
 from __future__ import annotations
