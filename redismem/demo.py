@@ -6,6 +6,7 @@ user's the demo has a namespace of its own.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import statistics
@@ -178,9 +179,12 @@ def _service(settings: Settings, data_dir: Path, port: int) -> Iterator[str]:
     command = [sys.executable, "-m", "redismem", "serve", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(port), "--data-dir", str(data_dir)]
     command += ["--namespace", DEMO_NAMESPACE if settings.redis_url else ""]
+    # what is shown is for reading, and a slow machine would log into it
+    environ = {"REDISMEM_SLOW_REQUEST_MS": "0", **os.environ}
     # in a session of its own, so that Ctrl-C ends it after the demo has tidied up
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as process:  # noqa: S603  # ours
+    with subprocess.Popen(  # noqa: S603  # ours
+        command, env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             assert process.stdout is not None
             first = process.stdout.readline()  # it comes when the service answers, or ends without it

@@ -143,7 +143,7 @@ class Settings:
     #: requests that a process works on at once, answers from L1 aside; more are refused with 503
     max_in_flight: int = 256
     #: milliseconds from which reads count as slow: while many are, fewer are let in; 0: the limit stays
-    overload_ms: float = 75.0
+    overload_ms: float = 50.0
     #: seconds a request may take, streams and imports aside; then it is answered 504
     request_timeout_s: float = 30.0
     #: origins of web pages that may call the API, parted by commas; empty: none (CORS is off)

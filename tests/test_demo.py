@@ -29,8 +29,8 @@ from tests.conftest import lasting_keys
 Start = Callable[..., subprocess.Popen[str]]
 
 _WAIT_S = 120
-#: settings of every demo; a slow machine would log slow requests among what is read here
-OWN = {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1", "REDISMEM_SLOW_REQUEST_MS": "600000"}
+#: settings of every demo
+OWN = {"REDISMEM_EMBEDDER": "deterministic", "REDISMEM_TESTING": "1"}
 
 
 @pytest.fixture
