@@ -144,16 +144,21 @@ class Run:
         noted[reply.status_code].append((started, time.perf_counter()))
 
     async def look(self, rng: random.Random, http: httpx.AsyncClient) -> None:
-        """Read everything one way and note for each id whether it was there."""
+        """Read everything one way and note for each id whether it was there.
+
+        An eventual search may miss what is new for a minute, but never show what is gone.
+        """
         started = time.perf_counter()
-        how = rng.choice(["keyword", "hybrid", "list", "export"])
+        how, consistency = rng.choice(["keyword", "hybrid", "list", "export"]), "strong"
         if how == "list":
             ids = set(await all_memories(http))
         elif how == "export":
             reply = await http.get(f"{USER}/export")
             ids = {line.split('"')[3] for line in reply.text.splitlines()}
         else:
+            consistency = rng.choice(["eventual", "strong"])
             query = {"text": "common", "search_mode": how, "filters": EVERYTHING, "limit": 100}
+            query["consistency"] = consistency
             reply = await http.post(f"{USER}/search", json=query)
             assert reply.status_code == 200, reply.text
             ids = {hit["id"] for hit in reply.json()["memories"]}
@@ -161,7 +166,10 @@ class Run:
         assert ids <= set(IDS)
         for memory_id in IDS:
             record = self.records[memory_id]
-            (record.seen if memory_id in ids else record.missed).append((started, ended))
+            if memory_id in ids:
+                record.seen.append((started, ended))
+            elif consistency == "strong":
+                record.missed.append((started, ended))
 
     async def client(self, seed: int, until_s: float) -> None:
         rng = random.Random(seed)

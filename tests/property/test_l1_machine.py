@@ -272,8 +272,11 @@ class L1Machine(RuleBasedStateMachine):
         assert len(self.cache) == len(self.model) <= max(self.max_entries, 0)
         assert self.cache.size_bytes == size_bytes <= self.max_bytes
         stats = self.cache.stats()
-        total = stats["total"]
-        assert total == {"entries": len(self.model), "bytes": size_bytes, **self.counts}
+        every = {name: sum(stats[kind][name] for kind in KINDS) for name in stats["total"]}
+        assert every == {"entries": len(self.model), "bytes": size_bytes, **self.counts}
+        # one look at the keys a request would hide what the caches are worth
+        of_users = {name: every[name] - stats["key"][name] for name in every}
+        assert stats["total"] == of_users
         for kind in KINDS:
             of_kind = [known.size_bytes for name, known in self.model.items() if name[0] == kind]
             assert (stats[kind]["entries"], stats[kind]["bytes"]) == (len(of_kind), sum(of_kind))
