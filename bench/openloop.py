@@ -214,10 +214,11 @@ class OpenLoop:
             if self._next is not None:
                 self._loop.call_later(max(0.0, self._next.at_s - now_s), self._pump)
         except BaseException as exc:
+            if self._ended.done():
+                raise
             # a source that fails must not leave `run` waiting
-            if not self._ended.done():
-                self._ended.set_exception(exc)
-            raise
+            self._ended.set_exception(exc)
+            return
         self._look_for_end()
 
     def _send(self) -> None:
