@@ -8,9 +8,8 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from redismem.apikeys import ApiKey
 from redismem.http.routes import service_of
-from redismem.http.wire import converted, json_response, namespace_of
+from redismem.http.wire import converted, json_response, key_of
 from redismem.keys import Owner
 from redismem.store import USERS_CURSOR, owners_page, user_items
 from redismem.types import UsersReply
@@ -32,10 +31,8 @@ class _UsersQuery(Struct, kw_only=True):
 async def list_users(request: Request) -> Response:
     """List users with memories, in no order; `contains` is a part of their id."""
     service, query = service_of(request), converted(dict(request.query_params), _UsersQuery)
-    namespace, part = namespace_of(request.scope), query.contains.casefold()
-    if namespace is None:
-        namespace = service.settings.namespace
-    key: ApiKey | None = request.scope["state"].get("key")
+    key, part = key_of(request.scope), query.contains.casefold()
+    namespace = service.settings.namespace if key is None else key.namespace
 
     def is_wanted(owner: Owner) -> bool:
         return (key is None or key.covers(owner.user)) and part in owner.user.casefold()
