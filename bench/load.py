@@ -280,7 +280,8 @@ class Run:
     async def overload(self) -> Figures:
         """New texts: the rate that can be sustained, then five times that, then that again."""
         share = min(1.0, 10 * self.scale)
-        steps, records = Steps(OVERLOAD_STEP_S * share, self.mix, self.mix.new_search), Records()
+        steps = Steps(OVERLOAD_STEP_S * share, self.mix, self.mix.new_search, patience=2)
+        records = Records()
         rates = [OVERLOAD_FIRST_PER_S * OVERLOAD_GROWTH**number for number in range(OVERLOAD_STEPS)]
         await OpenLoop(self.target.url, records=records).run(steps.requests(records, rates))
         rows = steps.rows(records.table())
@@ -300,14 +301,19 @@ class Run:
 class Steps:
     """Load that grows by steps until one is too much."""
 
-    def __init__(self, step_s: float, mix: Mix, request: Callable[[float], Due]) -> None:
+    def __init__(
+        self, step_s: float, mix: Mix, request: Callable[[float], Due], *, patience: int = 1
+    ) -> None:
         self._step_s, self._mix, self._request = step_s, mix, request
+        #: steps in a row that must be too much: a short one may be so by chance
+        self._patience = patience
         self._rates: list[float] = []
         #: why the last step was too much; empty: it was not
         self.failed = ""
 
     def requests(self, records: Records, rates: Iterable[float]) -> Iterator[Due]:
-        """Yield the requests of each step in turn; end after the first that is too much."""
+        """Yield the requests of each step in turn; end when they are too much."""
+        in_a_row = 0
         for number, rate in enumerate(rates):
             begin_s, due_s = number * self._step_s, list[float]()
             for at_s in arrivals([Phase("step", 1, self._step_s)], rate, self._mix.chooser, begin_s):
@@ -316,7 +322,8 @@ class Steps:
             self._rates.append(rate)
             rows = records.table().between(begin_s, begin_s + self._step_s)
             self.failed = failing(rows, overdue(rows, due_s))
-            if self.failed:
+            in_a_row = in_a_row + 1 if self.failed else 0
+            if in_a_row == self._patience:
                 return
 
     def rows(self, table: Table) -> list[Figures]:
