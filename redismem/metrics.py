@@ -41,7 +41,7 @@ HistogramName = Literal[
 _HISTOGRAMS: Mapping[HistogramName, tuple[str, str, tuple[str, ...], tuple[float, ...]]] = {
     "retrieval": (
         "memory_retrieval_seconds",
-        "Reads that were answered, from the first byte of the request to the last of the reply",
+        "Reads that were answered, from the headers of the request to the last byte of the reply",
         ("operation", "cache_status"),
         _seconds("retrieval"),
     ),

@@ -21,6 +21,7 @@ from redismem.slo import (
     Objective,
     OperationRow,
     Window,
+    evictions,
     hit_rate,
     judged,
     minute,
@@ -39,7 +40,7 @@ _LATE_S = 120
 
 _GROUPS: tuple[Group, ...] = get_args(Group)
 
-#: seconds for which a document is good: many may look, and each look reads an hour of counts
+#: seconds for which what was read is good: many may look, and each look asks Redis for the newest minutes
 _KEPT_S = 1.0
 
 
@@ -192,8 +193,7 @@ class Overview:
     def _caches(self, hour: Counter[str]) -> Caches:
         told = self._telemetry
         held, entries = told.l1.stats(), self._entries()
-        rate = hit_rate(hour)
-        evictions = sum(count for name, count in hour.items() if name.startswith("evictions:"))
+        rate, evicted = hit_rate(hour), evictions(hour)
         tiers = [
             Tier(
                 tier="l1",
@@ -211,8 +211,8 @@ class Overview:
         return Caches(
             hit_rate=rate,
             miss_rate=None if rate is None else 1 - rate,
-            evictions_hour=evictions,
-            eviction_rate=evictions / entries if entries else None,
+            evictions_hour=evicted,
+            eviction_rate=evicted / entries if entries else None,
             tiers=tiers,
         )
 

@@ -52,8 +52,8 @@ def run_service(settings: Settings) -> bool:
         Misconfigured, EmbedderMismatch, Unavailable: it cannot start like this.
     """
     if settings.workers > 1 and "REDISMEM_EMBEDDER_THREADS" not in os.environ:
-        share = max(1, (os.cpu_count() or 1) // settings.workers)
-        settings = replace(settings, embedder_threads=min(settings.embedder_threads, share))
+        threads = max(1, (os.cpu_count() or 1) // settings.workers)
+        settings = replace(settings, embedder_threads=min(settings.embedder_threads, threads))
     # uvicorn raises the signal that ended it once more; the rest of this function must still run then
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = False

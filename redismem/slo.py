@@ -250,6 +250,11 @@ def hit_rate(counts: Counts) -> float | None:
     return _share(hits, hits + misses)
 
 
+def evictions(counts: Counts) -> int:
+    """Return how many entries left the caches for room."""
+    return sum(count for _, count in _counted(counts, "evictions"))
+
+
 def outcomes(counts: Counts, group: Group) -> Counter[Outcome]:
     """Return how the requests of a group ended."""
     found: Counter[Outcome] = Counter()
@@ -350,7 +355,7 @@ def _bad(goal: Goal, counts: Counts, entries: int) -> tuple[int, float | None]:
             hits, misses = _looked_up(counts)
             return hits + misses, _share(misses, hits + misses)
         case "evictions":
-            return entries, _share(sum(count for _, count in _counted(counts, "evictions")), entries)
+            return entries, _share(evictions(counts), entries)
 
 
 def _row(operation: str, group: Group, counts: Counts) -> OperationRow:

@@ -28,7 +28,7 @@ from redismem.errors import (
 )
 from redismem.http.conversations import STREAM
 from redismem.http.deadlines import Deadlines
-from redismem.http.operation import Access, Matcher, Told
+from redismem.http.operation import USERS, Access, Matcher, Told
 from redismem.http.wire import failure_response, request_id_of
 from redismem.metrics import Metrics
 from redismem.service import Service
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 #: what may take long, because it is as long as what it is given
 _LONG = ("import", "forget", "export")
 
-_USERS = b"/v1/users/"
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 
 _NO_KEY = "a valid API key is required"
@@ -221,10 +220,10 @@ def _allows(key: ApiKey, access: Access) -> bool:
 
 
 def _covers(key: ApiKey, path: bytes) -> bool:
-    if not key.users or not path.startswith(_USERS):
+    if not key.users or not path.startswith(USERS):
         return True
     with suppress(UnicodeDecodeError):
-        return key.covers(unquote_to_bytes(path[len(_USERS) :].partition(b"/")[0]).decode())
+        return key.covers(unquote_to_bytes(path[len(USERS) :].partition(b"/")[0]).decode())
     return False
 
 

@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redismem.errors import RedisMemError
 from redismem.fields import checked_name
 from redismem.http.admitted import admitted
+from redismem.http.operation import USERS
 from redismem.http.wire import GENERATION_HEADER, STALE_HEADER, failure_response, namespace_of, note
 from redismem.keys import Owner
 from redismem.service import Service
 from redismem.tiers import Answer
 from redismem.types import SearchRequest
 
-_USERS = b"/v1/users/"
 _SEARCH = b"/search"
 _MEMORIES = b"/memories/"
 _PROFILE = b"/profile"
@@ -48,18 +48,18 @@ class HotPath:
         if scope["type"] == "http" and not scope["query_string"]:
             path: bytes = scope.get("raw_path") or b""
             method = scope["method"]
-            if method == "POST" and path.endswith(_SEARCH) and path.startswith(_USERS):
-                unread = await self._search(path[len(_USERS) : -len(_SEARCH)], scope, receive, send)
+            if method == "POST" and path.endswith(_SEARCH) and path.startswith(USERS):
+                unread = await self._search(path[len(USERS) : -len(_SEARCH)], scope, receive, send)
                 if unread is None:
                     return
                 receive = unread
-            elif method == "GET" and path.startswith(_USERS):
+            elif method == "GET" and path.startswith(USERS):
                 if path.endswith(_PROFILE):
-                    if await self._profile(path[len(_USERS) : -len(_PROFILE)], scope, send):
+                    if await self._profile(path[len(USERS) : -len(_PROFILE)], scope, send):
                         return
                     await self._inner(scope, receive, send)
                     return
-                user, found, memory = path[len(_USERS) :].partition(_MEMORIES)
+                user, found, memory = path[len(USERS) :].partition(_MEMORIES)
                 if found and b"/" not in memory and await self._memory(user, memory, scope, send):
                     return
         await self._inner(scope, receive, send)

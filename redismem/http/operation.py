@@ -15,7 +15,8 @@ from redismem.errors import InvalidInput
 #: what an API key must be allowed to; `open`: no key is needed; `any`: whatever it allows
 Access = Literal["open", "any", "read", "write", "admin"]
 
-_USERS = b"/v1/users/"
+#: how the raw path of everything that is of a user begins
+USERS = b"/v1/users/"
 _OF_USER = "/v1/users/{user}/"
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -36,7 +37,7 @@ class Operation:
     reply: type[Any] | None = None
     #: success statuses
     statuses: tuple[int, ...] = (200,)
-    #: error statuses besides 422 (bad path), 503 and, with a body, 400 and 413
+    #: error statuses besides 422, with a body 400 and 413, and unless it is open 401, 403, 429, 503, 504
     errors: tuple[int, ...] = ()
     #: query parameters: name -> JSON schema
     query: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -105,8 +106,8 @@ class Matcher:
 
     def told(self, method: str, raw_path: bytes) -> Told:
         """Return name and access; of what is none of them `other`, for which any key will do."""
-        if raw_path.startswith(_USERS):
-            user, _, rest = raw_path[len(_USERS) :].partition(b"/")
+        if raw_path.startswith(USERS):
+            user, _, rest = raw_path[len(USERS) :].partition(b"/")
             known = self._of_user.get((method, rest))
             if known is not None and user:
                 return known
