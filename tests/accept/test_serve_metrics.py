@@ -181,7 +181,7 @@ async def done_jobs(served: Served) -> bool:
     found = await served.metrics()
     kinds = {key[1] for key, value in found.items() if key[0] == "redismem_jobs_done_total" and value}
     timed = {key[1] for key, value in found.items() if key[0] == "redismem_job_seconds_count" and value}
-    return "profile" in kinds and "profile" in timed
+    return "link" in kinds and "link" in timed  # the only one that is due at once after a write
 
 
 async def replaced(served: Served, before: list[int]) -> bool:
