@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from operator import add
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from redismem.slo import BOUNDS_MS
@@ -219,8 +220,23 @@ class Metrics:
             return generate_latest(self._registry)
         _forget_dead(Path(folder))
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+        _Together(registry, folder)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
+
+
+class _Together(MultiProcessCollector):
+    """Also while another process starts or dies: until it has filled its files, they cannot be read."""
+
+    def collect(self) -> Iterable[Metric]:
+        found = [str(path) for path in Path(self._path).glob("*.db") if _is_filled(path)]
+        merged: Iterable[Metric] = self.merge(found)  # type: ignore[no-untyped-call]
+        return merged
+
+
+def _is_filled(path: Path) -> bool:
+    with suppress(FileNotFoundError):  # of a process that has just died
+        return path.stat().st_size > 0
+    return False
 
 
 def share(folder: Path) -> None:

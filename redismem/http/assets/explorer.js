@@ -172,6 +172,8 @@ function start() {
 let typing = 0;
 byId("people-contains").oninput = () => {
   clearTimeout(typing);
+  asked++; // what is on its way, and more of what is shown, is of what was typed before
+  byId("people-more").hidden = true;
   typing = setTimeout(listPeople, 200);
 };
 byId("people-form").onsubmit = (event) => {
