@@ -317,13 +317,15 @@ async def test_a_slow_embedder_does_not_hold_a_search_beyond_max_ms(
     def form(query: dict[str, object]) -> dict[str, object]:
         return query if path == SEARCH else {"queries": [query, {**query, "limit": 1}]}
 
-    started = time.monotonic()
-    hybrid = await gated_http.post(path, json=form({"text": "Lisbon", "max_ms": 40}))
-    assert 0.03 < time.monotonic() - started < 5
-    body = hybrid.json() if path == SEARCH else hybrid.json()["results"][1]
-    assert body["partial"] is True
-    # on busy cores Redis may be late too
-    assert "max_ms" in body["reason"] or "time budget" in body["reason"]
+    for _ in range(20):  # on busy cores Redis may be late too, and then nothing is found
+        started = time.monotonic()
+        hybrid = await gated_http.post(path, json=form({"text": "Lisbon", "max_ms": 40}))
+        assert 0.03 < time.monotonic() - started < 5
+        body = hybrid.json() if path == SEARCH else hybrid.json()["results"][1]
+        assert body["partial"] is True
+        assert "max_ms" in body["reason"] or "time budget" in body["reason"]
+        if body["memories"]:
+            break
     assert [hit["id"] for hit in body["memories"]] == ["trip"]
     query: dict[str, object] = {"text": "Lisbon", "max_ms": 40, "search_mode": "semantic"}
     error = error_of(await gated_http.post(path, json=form(query)), 504)
