@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import statistics
 import sys
 import time
@@ -16,11 +17,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
-from harness import Connection, Tally, closed_loop, percentiles, request_bytes, sentences
+from harness import Tally, closed_loop, percentiles, request_bytes, sentences
+from openloop import Due, OpenLoop, Table
 from workerstage import SEED, SIZES, SUMMARIES, Bench, Figures, cpu_ms, grown, jobs_done
 
 from redismem.embed import Vectors
-from redismem.keys import JOBS_LATER, Owner
+from redismem.keys import JOBS, JOBS_LATER, Owner
 from redismem.types import SearchRequest
 
 READERS, READERS_MEMORIES = 100, 100
@@ -44,14 +46,10 @@ QUERIES, WARM_UP = 200, 20
 # reads -----------------------------------------------------------------------------------------------
 
 
-class OpenLoop:
-    """Sends searches at a fixed rate; a late one counts from when it was due.
-
-    Unlike that of openloop.py it encodes a request when it is due: a caller's own work is in the figures.
-    """
+class Searches:
+    """Makes searches at a fixed rate, none twice: what one process searched is in Redis for the other."""
 
     def __init__(self, bench: Bench) -> None:
-        # what one process searched is in Redis for the other: nothing is asked twice
         self._texts = (text for n in count(1_000) for text in sentences(500, n, (4, 8)))
         self._chooser = np.random.default_rng(SEED)
         self._vectors = np.concatenate([talk.vectors for talk in bench.talks])
@@ -67,40 +65,41 @@ class OpenLoop:
                 noisy = one + self._chooser.standard_normal(len(one)) * 0.01
                 yield {"vector": np.round(noisy, 5).tolist(), "search_mode": "semantic"}
 
-    async def run(self, url: str, kind: str, seconds: float) -> list[float]:
-        """Return the milliseconds of each search."""
-        rate, free, took_ms = RATES_PER_S[kind], list[Connection](), list[float]()
-        started = time.perf_counter() + 0.05
-
-        async def one(number: int, body: Figures) -> None:
-            due = started + number / rate
-            await asyncio.sleep(due - time.perf_counter())
-            http = free.pop() if free else Connection(url)
-            path = f"/v1/users/reader{self._chooser.integers(READERS)}/search"
-            status, raw = await http.request("POST", path, body)
-            free.append(http)
-            if number >= rate * SETTLE_S / 2:
-                took_ms.append((time.perf_counter() - due) * 1000)
-            assert status == 200, raw
-            assert b'"served_by":"l3"' in raw, raw[-200:]
-
-        bodies = islice(self._bodies(kind), int(rate * seconds))
-        await asyncio.gather(*(one(number, body) for number, body in enumerate(bodies)))
-        for http in free:  # a server closes idle ones
-            http.close()
-        return took_ms
+    async def send(self, url: str, kind: str, seconds: float) -> Table:
+        """Return what became of each search but the first ones."""
+        rate = RATES_PER_S[kind]
+        # made before the first is due: to make them takes as long as many searches
+        requests = [
+            Due(
+                number / rate,
+                kind,
+                request_bytes("POST", f"/v1/users/reader{self._chooser.integers(READERS)}/search", body),
+            )
+            for number, body in enumerate(islice(self._bodies(kind), int(rate * seconds)))
+        ]
+        # else a collection in this process, which holds whole users, is taken for a slow reply
+        gc.collect()
+        gc.freeze()
+        table = (await OpenLoop(url).run(requests)).table().between(SETTLE_S / 2, seconds)
+        assert table.ok.all(), Counter(table.status.tolist())
+        assert (table.tier == 3).all(), Counter(table.tier.tolist())
+        return table
 
 
 async def kept_busy(bench: Bench, owner: Owner, kinds: Sequence[str]) -> None:
-    """Queue jobs of a large user again whenever none is due, as long as this is not cancelled."""
+    """Queue jobs of a large user again whenever all are done, as long as this is not cancelled."""
     ids = bench.redis.zrange(owner.ids, -LINKED, -1)
     largest = [raw.decode() for raw in bench.redis.zrevrange(owner.topics, 0, SUMMARIES - 1)]
     names = [kind for kind in kinds if kind != "summary"]
     names += [f"summary:topic:{number}" for number in largest if "summary" in kinds]
-    while True:
-        if not bench.due():
+
+    def refill() -> None:
+        if not bench.due() and not bench.redis.xlen(JOBS):
             bench.redis.sadd(owner.fresh, *ids)
             bench.queue(owner, *names)
+
+    while True:
+        await asyncio.to_thread(refill)  # this loop sends searches
         await asyncio.sleep(0.05)
 
 
@@ -125,14 +124,14 @@ async def measure_reads(bench: Bench, share: int) -> Figures:
         await bench.put(Owner(f"reader{number}"), *grown(bench.talks, READERS_MEMORIES, SEED + number))
     bench.clear()
     bench.hold_summaries(busy)
-    seen: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
+    seen: dict[tuple[str, str], list[Table]] = defaultdict(list)
     done: Counter[str] = Counter()
     used_ms: dict[str, Counter[str]] = defaultdict(Counter)
     async with bench.serving(worker=False) as without, bench.serving(worker=True) as working:
-        loop = OpenLoop(bench)
+        searches = Searches(bench)
         for server in (without, working):  # warm-up
             for load in RATES_PER_S:
-                await loop.run(server.url, load, SETTLE_S)
+                await searches.send(server.url, load, SETTLE_S)
         await bench.done(busy, "topics")
         phases = [("no worker", without, ()), *((name, working, kinds) for name, kinds in WORK.items())]
         for number in range(max(1, ROUNDS // share)):
@@ -140,22 +139,24 @@ async def measure_reads(bench: Bench, share: int) -> Figures:
                 before, used_before = jobs_done(bench), cpu_ms(working)
                 async with _work(bench, busy, kinds):
                     for load in RATES_PER_S:
-                        seen[load, name].append(await loop.run(server.url, load, PHASE_S))
+                        seen[load, name].append(await searches.send(server.url, load, PHASE_S))
                     used_ms[name] += cpu_ms(working) - used_before
                 done[name] += jobs_done(bench) - before
     meanwhile = {name: {"jobs": done[name], "cpu_ms": dict(used_ms[name])} for name in used_ms}
     return _shown_reads(seen) | {"meanwhile": meanwhile}
 
 
-def _shown_reads(seen: dict[tuple[str, str], list[list[float]]]) -> Figures:
+def _shown_reads(seen: dict[tuple[str, str], list[Table]]) -> Figures:
     rows: Figures = {}
     for (kind, name), rounds in seen.items():
-        every = [percentiles(times) for times in rounds]
+        every = [percentiles(table.took_ms.tolist()) for table in rounds]
+        lags_ms = [float(np.percentile(table.lag_ms, 95)) for table in rounds]
         medians = {p: round(statistics.median(row[p] for row in every), 2) for p in ("p50", "p95", "p99")}
         rows.setdefault(kind, {})[name] = {
             **medians,
             "p95_rounds": [row["p95"] for row in every],
-            "n": sum(map(len, rounds)),
+            "generator_lag_p95": round(statistics.median(lags_ms), 2),
+            "n": sum(len(table.took_ms) for table in rounds),
         }
     for kind, row in rows.items():
         alone = row["no worker"]["p95"]

@@ -1,5 +1,5 @@
 #!lua name=redismem_cache
--- Version: 3
+-- Version: 4
 -- Counts which of one owner's memories are used, and keeps the hot ones: the hot set, and nothing else.
 --
 -- Functions (KEYS -> ARGV -> reply)
@@ -39,7 +39,9 @@ end
 
 -- a touch that arrives after a delete must not bring the id back
 local function existing(prefix, ids)
-  local there = {}
+  local there, keys = {}, {}
+  for i, id in ipairs(ids) do keys[i] = prefix .. id end
+  if #keys > 0 and redis.call('EXISTS', unpack(keys)) == #keys then return ids end
   for _, id in ipairs(ids) do
     if redis.call('EXISTS', prefix .. id) == 1 then there[#there + 1] = id end
   end
@@ -90,16 +92,19 @@ end
 
 -- write: nothing below may raise ----------------------------------------------------------------
 
-local function add(hot, hits, now, ids, uses)
+local function add(hot, hits, used, now_ms, ids, uses)
+  local now, now_s = string.format('%.0f', now_ms), string.format('%.3f', now_ms / 1000)
   for first = 1, #ids, UNPACK / 2 do
     local part = { unpack(ids, first, math.min(first + UNPACK / 2 - 1, #ids)) }
-    local moments, counts = {}, {}
+    local moments, counts, times = {}, {}, {}
     for i, raw in ipairs(redis.call('HMGET', hits, unpack(part))) do
       moments[2 * i - 1], moments[2 * i] = now, part[i]
+      times[2 * i - 1], times[2 * i] = now_s, part[i]
       counts[2 * i - 1], counts[2 * i] = part[i], string.format('%.0f', (tonumber(raw or '') or 0) + uses[part[i]])
     end
     redis.call('ZADD', hot, unpack(moments))
     redis.call('HSET', hits, unpack(counts))
+    if used then redis.call('ZADD', used, unpack(times)) end
   end
 end
 
@@ -124,14 +129,14 @@ local function touch(keys, args)
   ids = existing(prefix, ids)
 
   if redis.call('ZCARD', hot) ~= redis.call('HLEN', hits) then redis.call('DEL', hot, hits) end
-  add(hot, hits, string.format('%.0f', now_ms), ids, uses)
+  add(hot, hits, used, now_ms, ids, uses)
   local cold = redis.call('ZRANGEBYSCORE', hot, '-inf', string.format('(%.0f', now_ms - ttl_ms))
   remove(hot, hits, cold)
   local victims = surplus(hot, hits, now_ms, capacity)
   remove(hot, hits, victims)
-  local now_s = string.format('%.3f', now_ms / 1000)
-  if meta and redis.call('EXISTS', meta) == 1 then redis.call('HSET', meta, 'last_read', now_s) end
-  for _, id in ipairs(used and ids or {}) do redis.call('ZADD', used, now_s, id) end
+  if meta and redis.call('EXISTS', meta) == 1 then
+    redis.call('HSET', meta, 'last_read', string.format('%.3f', now_ms / 1000))
+  end
   redis.call('PEXPIRE', hot, string.format('%.0f', ttl_ms))
   redis.call('PEXPIRE', hits, string.format('%.0f', ttl_ms))
   return { 'OK', #ids, #cold + #victims }

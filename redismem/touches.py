@@ -1,8 +1,8 @@
 """The only place that tells Redis which memories were returned to users: the hot set.
 
-A touch must cost the read nothing, so it is counted here and sent once a second, one round trip for all
-owners. Touches are advisory: those of the last second may be lost with the process, and a batch that
-Redis refuses is dropped.
+A touch must cost the read nothing, so it is counted here and sent once a second, a few at a time: reads go
+between. Touches are advisory: those of the last second may be lost with the process, and what Redis refuses
+is dropped.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import Context
 
 from redismem.client import Argument
-from redismem.errors import RedisMemError
+from redismem.errors import RedisMemError, Unavailable
 from redismem.keys import Owner
 from redismem.lualib import Functions
 
@@ -28,8 +28,12 @@ FLUSH_EVERY_S = 1.0
 #: distinct results that wait for a flush, about 0.3 KB each; more are dropped
 MAX_PENDING = 100_000
 
-#: ids of one owner in one call of rm_touch; holds Redis for about 3 ms
-BATCH = 1000
+#: ids in one round trip, and so of one owner in one call of rm_touch; holds Redis for about 0.5 ms
+BATCH = 100
+
+
+#: keys, and arguments: four, then ids with their counts
+_Call = tuple[Sequence[str], Sequence[Argument]]
 
 
 class Touches:
@@ -64,24 +68,24 @@ class Touches:
                 self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
     async def flush(self) -> None:
-        """Send what was counted so far. Cost: one round trip."""
+        """Send what was counted so far. Cost: a round trip per BATCH ids."""
         pending, self._pending = self._pending, {}
-        if not pending:
-            return
         owners: dict[Owner, Counter[str]] = {}
         for (owner, ids), count in pending.items():
             counts = owners.setdefault(owner, Counter())
             for memory_id in ids:
                 counts[memory_id] += count
-        try:
-            calls = [call for owner, counts in owners.items() for call in self._calls(owner, counts)]
-            await self._functions.call_each("rm_touch_v1", calls)
-        except RedisMemError as exc:
-            _log.debug("touches of %d users dropped: %s", len(owners), exc)
+        calls = [call for owner, counts in owners.items() for call in self._calls(owner, counts)]
+        for batch in _batches(calls):
+            try:
+                await self._functions.call_each("rm_touch_v1", batch)
+            except Unavailable as exc:
+                _log.debug("touches of %d users dropped: %s", len(owners), exc)
+                return
+            except RedisMemError as exc:
+                _log.debug("some touches dropped: %s", exc)
 
-    def _calls(
-        self, owner: Owner, counts: Counter[str]
-    ) -> Iterator[tuple[Sequence[str], Sequence[Argument]]]:
+    def _calls(self, owner: Owner, counts: Counter[str]) -> Iterator[_Call]:
         head = owner.memory_prefix, int(self._clock() * 1000), self._ttl_ms, self._capacity
         flat: list[Argument] = [item for pair in counts.items() for item in pair]
         for first in range(0, len(flat), 2 * BATCH):
@@ -107,3 +111,18 @@ class Touches:
                 await self._task
         except TimeoutError:
             _log.debug("the last touches were not sent within %s s", FLUSH_EVERY_S)
+
+
+def _batches(calls: Iterable[_Call]) -> Iterator[list[_Call]]:
+    """Yield calls in their order, as many at once as have BATCH ids."""
+    batch: list[_Call] = []
+    room = 2 * BATCH
+    for call in calls:
+        size = len(call[1])
+        if batch and size > room:
+            yield batch
+            batch, room = [], 2 * BATCH
+        batch.append(call)
+        room -= size
+    if batch:
+        yield batch

@@ -75,17 +75,35 @@ async def test_the_hot_set_keeps_to_its_capacity(service: Service, owner: Owner,
     assert await hits(service, owner) == {b"a": 2, b"c": 2}
 
 
-async def test_all_owners_and_batches_go_in_one_round_trip(
+async def test_many_go_a_few_at_a_time_so_that_reads_go_between(
     service: Service, owner: Owner, functions: Recorded, touches: Touches, round_trips: Any
 ) -> None:
-    other = service.owner("bob")
-    touches.add(owner, [f"m{number}" for number in range(2500)])
+    other, third = service.owner("bob"), service.owner("eve")
+    touches.add(owner, [f"m{number}" for number in range(210)])
     touches.add(other, ["a"])
+    touches.add(third, [f"m{number}" for number in range(95)])
     with round_trips() as sent:
         await touches.flush()
-    assert sent == ["pipeline"]
-    sizes = [(keys[0], (len(args) - 4) // 2) for keys, args in functions.sent[0]]
-    assert sizes == [(owner.hot, 1000), (owner.hot, 1000), (owner.hot, 500), (other.hot, 1)]
+    assert len(sent) == 4
+    sizes = [[(keys[0], (len(args) - 4) // 2) for keys, args in calls] for calls in functions.sent]
+    assert sizes == [
+        [(owner.hot, 100)],
+        [(owner.hot, 100)],
+        [(owner.hot, 10), (other.hot, 1)],
+        [(third.hot, 95)],
+    ]
+
+
+async def test_a_user_whose_touches_are_refused_costs_others_nothing(
+    service: Service, owner: Owner, touches: Touches
+) -> None:
+    other = service.owner("bob")
+    await service.client.execute("SET", other.hot, "by a foreign hand", "EX", 60)
+    for one in (other, owner):
+        touches.add(one, ["a"])
+        touches.add(one, [f"m{number}" for number in range(99)])
+    await touches.flush()
+    assert (await hits(service, owner)) == {b"a": 1}
 
 
 async def test_what_is_added_is_sent_within_seconds(
