@@ -21,8 +21,12 @@ from redismem.query import index_schema
 
 logger = logging.getLogger(__name__)
 
-#: memories indexed again by one call; by one of a refresh, where two indexes take them
-_SLICE, _REFRESHED = 500, 100
+#: memories listed by one call
+_SLICE = 500
+
+#: memories indexed again by one call, and by one of a refresh, where two indexes take them: holds Redis for
+#: 2 ms at most, and reads go between
+_FILLED, _REFRESHED = 20, 12
 
 #: share and number of memories indexed anew from which an index is refreshed
 _WORN_SHARE, _WORN_FEW = 0.1, 8
@@ -207,7 +211,7 @@ class Indexes:
                     return
                 # newest first: what is asked for meanwhile is mostly about lately
                 ids = (await all_ids(self._functions.client, owner))[::-1]
-                for part in slices(ids, _SLICE):
+                for part in slices(ids, _FILLED):
                     await self._functions.call("rm_reindex_v1", [owner.ids], owner.memory_prefix, *part)
                 await self._functions.call("rm_filled_v1", [owner.meta], state)
         except RedisMemError as exc:

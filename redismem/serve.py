@@ -39,7 +39,7 @@ _GRACE_S = 10
 #: seconds between two looks at the worker, and until one that died is started again
 _LOOK_S, _RESTART_S = 0.2, 2.0
 
-#: priority of the worker's process
+#: priority of the worker's process where it cannot be lower than all others
 _NICE = 10
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,9 @@ def _kept_alive(settings: Settings, ending: threading.Event) -> None:
 def work(settings: Settings) -> None:
     """Do the store's jobs until this process or its parent ends; with low priority: reads come first."""
     os.nice(_NICE)
+    with suppress(AttributeError, OSError):  # Linux has it
+        # whatever wakes up takes the core at once, and not when a time slice ends, as with any nice value
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.config.dictConfig(log_config(settings))

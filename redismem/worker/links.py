@@ -22,8 +22,11 @@ from redismem.worker.topics import centres_of, clusters_of
 #: new memories up to which Redis is asked for the nearest of each; more are compared here, in one go
 _FEW = 100
 
-#: memories linked by one call; holds Redis for about 2 ms
-_SLICE = 10
+#: memories linked by one call; holds Redis for about 1 ms
+_SLICE = 3
+
+#: importances read in one round trip
+_ASKED = 100
 
 #: memories compared with all others in one go, up to 5 s; a worker that dies then loses no more
 _COMPARED = 1_000
@@ -65,8 +68,8 @@ async def link(tools: Tools, owner: Owner) -> None:
 
 async def _important(tools: Tools, owner: Owner, fresh: list[str]) -> list[str]:
     kept = []
-    for first in range(0, len(fresh), _SLICE):
-        part = fresh[first : first + _SLICE]
+    for first in range(0, len(fresh), _ASKED):
+        part = fresh[first : first + _ASKED]
         rows = await tools.client.pipeline([("HGET", owner.memory(one), "importance") for one in part])
         kept += [one for one, raw in zip(part, rows, strict=True) if float(raw or 0) >= _IMPORTANT]
     if left := sorted(set(fresh) - set(kept)):

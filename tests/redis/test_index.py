@@ -46,7 +46,7 @@ async def test_a_search_that_cannot_wait_says_what_it_left_out(
 ) -> None:
     await filled(service, owner)
     monkeypatch.setattr(tiers, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(index, "_SLICE", 20)
+    monkeypatch.setattr(index, "_FILLED", 20)
     await service.indexes.park(owner, FUTURE_S)
     found = await search(service, owner, limit=100)
     assert found.partial
@@ -79,7 +79,7 @@ async def test_writes_and_deletes_during_the_filling_hold(
     service: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await filled(service, owner)
-    monkeypatch.setattr(index, "_SLICE", 25)
+    monkeypatch.setattr(index, "_FILLED", 25)
     await service.indexes.park(owner, FUTURE_S)
     filling = asyncio.create_task(service.indexes.complete(owner, None))
     for number in range(30):
@@ -96,7 +96,7 @@ async def test_an_index_dropped_while_it_was_filled_is_filled_again(
     service: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await filled(service, owner)
-    monkeypatch.setattr(index, "_SLICE", 25)
+    monkeypatch.setattr(index, "_FILLED", 25)
     await service.indexes.park(owner, FUTURE_S)
     assert not await service.indexes.open(owner)
     await asyncio.sleep(0)
