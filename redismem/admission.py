@@ -19,7 +19,7 @@ _SLOW_SHARE: Final = 0.3
 _SHRINK: Final = 0.9
 
 #: requests at once that are always let in: fewer would leave cores idle while Redis answers
-LEAST: Final = 8
+LEAST: Final = 6
 
 
 class Admission:
