@@ -31,7 +31,6 @@ MAX_PENDING = 100_000
 #: ids in one round trip, and so of one owner in one call of rm_touch; holds Redis for about 0.5 ms
 BATCH = 100
 
-
 #: keys, and arguments: four, then ids with their counts
 _Call = tuple[Sequence[str], Sequence[Argument]]
 

@@ -50,7 +50,15 @@ async def test_a_user_is_found_and_picked(page: Page, site: Site) -> None:
     contains = page.get_by_label("Part of a user id")
     await contains.fill("CROWD")
     await expect(page.locator("#people-note")).to_have_text("50 so far")
-    await page.get_by_role("button", name="More users").click()
+    more = page.get_by_role("button", name="More users")
+    await expect(more).to_be_visible()
+    # more of what is shown is of what was typed before
+    hides_more = """field => {
+        field.dispatchEvent(new Event("input"));
+        return document.getElementById("people-more").hidden;
+    }"""
+    assert await contains.evaluate(hides_more)
+    await more.click()
     await expect(people).to_have_count(60)
     await expect(people.nth(50)).to_be_focused()
     await contains.fill("crowd-00")
