@@ -317,10 +317,12 @@ async def test_a_slow_embedder_does_not_hold_a_search_beyond_max_ms(
     def form(query: dict[str, object]) -> dict[str, object]:
         return query if path == SEARCH else {"queries": [query, {**query, "limit": 1}]}
 
-    for _ in range(20):  # on busy cores Redis may be late too, and then nothing is found
+    for attempt in range(20):  # on busy cores Redis may be late too, and then nothing is found
         started = time.monotonic()
         hybrid = await gated_http.post(path, json=form({"text": "Lisbon", "max_ms": 40}))
-        assert 0.03 < time.monotonic() - started < 5
+        took_s = time.monotonic() - started
+        assert took_s < 5
+        assert attempt or took_s > 0.03  # later the embedding may be given up before it begins
         body = hybrid.json() if path == SEARCH else hybrid.json()["results"][1]
         assert body["partial"] is True
         assert "max_ms" in body["reason"] or "time budget" in body["reason"]
