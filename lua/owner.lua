@@ -1,5 +1,5 @@
 #!lua name=redismem_owner
--- Version: 5
+-- Version: 6
 -- Makes, parks and removes what one owner has as a whole: the exact index, its alias, every key.
 --
 -- Functions (KEYS -> ARGV -> reply)
@@ -13,8 +13,8 @@
 --                 memories stay, and the next read or write finds NOINDEX
 --   rm_forget_v1  alias meta ids log turns … | prefix limit, every index the owner may have …
 --                 -> OK memories keys done(0/1); removes sessions and what is derived (where the further KEYS are those
---                 of Owner.forgotten; a caller without the last two, sessions and the prefix of their keys, leaves
---                 sessions to their TTLs), then memories, then all KEYS; call again until done
+--                 of Owner.forgotten; a caller without the last three, sessions, the prefix of their keys and kept
+--                 replies, leaves them to their TTLs), then memories, then all KEYS; call again until done
 --
 -- Complexity: O(1); rm_forget O(limit). Derived keys: prefix .. id, session_prefix .. id.
 -- Storage: meta hash, here: index, algorithm (FLAT, or HNSW while there is a graph), vector_field, embedder, dim,

@@ -9,6 +9,7 @@ RedisMemError
 ├── RateLimited             429  the API key asks too often
 ├── NotFound                404  no such memory
 ├── Conflict                409  the request contradicts what is stored
+│   └── InProgress          …    the first try of this request is still being answered
 ├── VersionMismatch         412  If-Match names an older version
 ├── Unavailable             503  try again: Redis or the embedder cannot answer now
 │   ├── RedisUnavailable
@@ -101,6 +102,13 @@ class Conflict(RedisMemError):
 
     status = 409
     code = "conflict"
+
+
+class InProgress(Conflict):
+    """The first request with this Idempotency-Key is still being answered: ask again after Retry-After."""
+
+    code = "in_progress"
+    retry_after_s = 1
 
 
 class VersionMismatch(RedisMemError):

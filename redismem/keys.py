@@ -216,6 +216,11 @@ class Owner:
         return f"{PROFILE_PREFIX}{{{self.tag}}}"
 
     @property
+    def replies(self) -> str:
+        """Replies to requests that carried an Idempotency-Key."""
+        return f"redismem:idempotency:{{{self.tag}}}"
+
+    @property
     def session_prefix(self) -> str:
         """Of sessions; their id follows."""
         return f"{SESSION_PREFIX}{{{self.tag}}}:"
@@ -291,7 +296,7 @@ class Owner:
     @property
     def forgotten(self) -> tuple[str, ...]:
         """KEYS of rm_forget (lua/owner.lua), in their order: all of the owner but memories and indexes."""
-        return (*self.written[:-1], self.centroids, self.sessions, self.session_prefix)
+        return (*self.written[:-1], self.centroids, self.sessions, self.session_prefix, self.replies)
 
     def job(self, kind: str) -> str:
         """Return the name of a job for this owner."""

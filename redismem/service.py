@@ -23,6 +23,7 @@ from redismem.embedded import EmbeddedRedis
 from redismem.errors import EmbedderMismatch, InvalidInput, Unavailable
 from redismem.gathering import Sources
 from redismem.graph import Graphs
+from redismem.idempotency import Idempotency
 from redismem.index import Indexes
 from redismem.jobs import Jobs
 from redismem.keyring import KeyRing
@@ -82,6 +83,7 @@ class Service:
     contexts: Contexts
     keyring: KeyRing
     limiter: Limiter
+    idempotency: Idempotency
     admission: Admission
     metrics: Metrics
     telemetry: Telemetry
@@ -261,6 +263,7 @@ async def assembled(settings: Settings, client: Client, embedder: Embedder) -> A
             contexts=contexts,
             keyring=KeyRing(client, l1, coherence, settings),
             limiter=Limiter(functions),
+            idempotency=Idempotency(functions, settings),
             admission=admission,
             metrics=metrics,
             telemetry=telemetry,

@@ -146,6 +146,8 @@ class Settings:
     overload_ms: float = 50.0
     #: seconds a request may take, streams and imports aside; then it is answered 504
     request_timeout_s: float = 30.0
+    #: seconds for which the reply to a request with an Idempotency-Key is kept for its repetitions
+    idempotency_ttl_s: float = 86_400.0
     #: origins of web pages that may call the API, parted by commas; empty: none (CORS is off)
     cors_origins: str = ""
 
@@ -259,6 +261,7 @@ _RANGES = (
     ("max_in_flight", 1, 100_000),
     ("overload_ms", 0, 600_000),
     ("request_timeout_s", 0.1, 3_600),
+    ("idempotency_ttl_s", 1, 2_592_000),
     ("slow_request_ms", 0, 600_000),
 )
 

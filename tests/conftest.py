@@ -54,7 +54,7 @@ SCHEMA = {
 }
 
 #: hashes whose fields expire one by one
-FIELD_TTL = (r"redismem:search:\{[^{}]+\}", r"redismem:leases")
+FIELD_TTL = (r"redismem:(search|idempotency):\{[^{}]+\}", r"redismem:leases")
 
 
 @pytest.fixture(scope="session")

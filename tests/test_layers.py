@@ -70,6 +70,7 @@ RANKS = {
     "store": 5,
     "series": 5,
     "ratelimit": 5,
+    "idempotency": 5,
     "keyring": 6,
     "jobs": 5,
     "touches": 5,

@@ -26,6 +26,7 @@ from redismem.http.admitted import Admitted
 from redismem.http.docs import docs_page
 from redismem.http.gate import Gate
 from redismem.http.hot import HotPath
+from redismem.http.once import KEY_HEADER, REPLAYED_HEADER
 from redismem.http.openapi import openapi_document
 from redismem.http.operation import Access, Matcher, guarded
 from redismem.http.operator import metrics
@@ -132,8 +133,8 @@ def create_app(service: Service | None = None, settings: Settings | None = None)
         gate,
         allow_origins=settings.origins,
         allow_methods=("GET", "POST", "PATCH", "DELETE"),
-        allow_headers=("Authorization", "Content-Type", "If-Match", "X-API-Key", "X-Request-ID"),
-        expose_headers=("ETag", GENERATION_HEADER, "Retry-After", "X-Request-ID"),
+        allow_headers=("Authorization", "Content-Type", KEY_HEADER, "If-Match", "X-API-Key", "X-Request-ID"),
+        expose_headers=("ETag", GENERATION_HEADER, REPLAYED_HEADER, "Retry-After", "X-Request-ID"),
     )
 
 

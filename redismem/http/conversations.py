@@ -30,8 +30,10 @@ from redismem.conversation import (
 )
 from redismem.errors import InvalidInput, RedisMemError
 from redismem.fields import checked_name
+from redismem.http.once import idempotency_key
 from redismem.http.routes import body_of, flag_of, owner_of, service_of
 from redismem.http.wire import converted, decoded, error_body, json_response, path_part, read_body
+from redismem.idempotency import named
 from redismem.trace import current
 
 T = TypeVar("T")
@@ -62,7 +64,10 @@ def _session_id(request: Request) -> str:
 async def open_session(request: Request) -> Response:
     """Open a session, or join an open one; the first stage of its context comes along."""
     service, owner = service_of(request), owner_of(request)
-    session, outcome = await service.sessions.open(owner, await body_of(request, SessionInput))
+    wanted = await body_of(request, SessionInput)
+    if wanted.id is None and (key := idempotency_key(request)) is not None:
+        wanted.id = named(key)
+    session, outcome = await service.sessions.open(owner, wanted)
     service.warmer.begin(owner)
     context = await service.contexts.whole(owner, ContextRequest(session_id=session.id, stages=1))
     reply = OpenedReply(session=session, outcome=outcome, context=context)
@@ -99,6 +104,9 @@ async def add_messages(request: Request) -> Response:
         messages = decoded(body, MessageBatch).messages
     else:
         messages = [decoded(body, MessageInput)]
+    if (key := idempotency_key(request)) is not None:
+        for i, message in enumerate(messages):
+            message.id = message.id or named(key, session_id, i)
     reply = await service.sessions.say(owner, session_id, messages, wait=wait)
     return json_response(reply, 201 if wait else 202, generation=reply.generation)
 

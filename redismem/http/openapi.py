@@ -19,6 +19,7 @@ import msgspec
 from redismem import errors
 from redismem.fields import MAX_TEXT_BYTES
 from redismem.http.conversations import EVENTS
+from redismem.http.once import KEY_HEADER
 from redismem.http.operation import Operation
 from redismem.http.operator import Health
 from redismem.http.routes import Queued
@@ -163,6 +164,7 @@ _PATH_TEXT = {
 }
 _REQUEST_HEADERS: dict[str, Schema] = {
     "If-Match": {"type": "string", "pattern": r'^(\*|(W/)?"?[0-9]{1,16}"?)$'},
+    KEY_HEADER: {"type": "string", "pattern": "^[!-~]{1,255}$"},
 }
 _REPLY_HEADERS: dict[str, Schema] = {
     "X-Request-ID": {

@@ -23,6 +23,7 @@ from redismem.conversation import (
     TypingReply,
 )
 from redismem.http import conversations, operator, routes
+from redismem.http.once import KEY_HEADER, once
 from redismem.http.operation import Operation
 from redismem.http.operator import Health
 from redismem.http.routes import MOMENTS, MemoryBatch
@@ -58,6 +59,7 @@ _WAIT = {
     "default": True,
     "description": "false: stored and searchable by words at once, embedded within 0.5 s",
 }
+_ONCE = {KEY_HEADER: "Of your choice, one a request: a repetition changes nothing and gets the same reply"}
 _WRITE_CONSISTENCY = {
     "type": "string",
     "enum": ["eventual", "strong"],
@@ -96,7 +98,7 @@ OPERATIONS = (
     Operation(
         method="POST",
         path=_USER + "/memories",
-        handler=routes.add_memories,
+        handler=once(routes.add_memories),
         name="put",
         access="write",
         summary="Store one memory or many",
@@ -105,6 +107,7 @@ OPERATIONS = (
         statuses=(201, 202),
         errors=(409,),
         query={"wait": _WAIT, "consistency": _WRITE_CONSISTENCY},
+        headers=_ONCE,
     ),
     Operation(
         method="GET",
@@ -186,7 +189,7 @@ OPERATIONS = (
     Operation(
         method="POST",
         path=_USER + "/corrections",
-        handler=routes.correct,
+        handler=once(routes.correct),
         name="correct",
         access="write",
         summary="Replace what is no longer true",
@@ -194,6 +197,7 @@ OPERATIONS = (
         reply=CorrectionReply,
         statuses=(201,),
         errors=(404, 409),
+        headers=_ONCE,
     ),
     Operation(
         method="GET",
@@ -297,6 +301,7 @@ OPERATIONS = (
         request=(SessionInput,),
         reply=OpenedReply,
         statuses=(201,),
+        headers={KEY_HEADER: "Names the session where `id` does not: a repetition joins it"},
     ),
     Operation(
         method="GET",
@@ -335,7 +340,7 @@ OPERATIONS = (
     Operation(
         method="POST",
         path=_SESSION + "/messages",
-        handler=conversations.add_messages,
+        handler=once(conversations.add_messages),
         name="message",
         access="write",
         summary="Store a message or several",
@@ -344,6 +349,7 @@ OPERATIONS = (
         statuses=(201, 202),
         errors=(404, 409),
         query={"wait": _WAIT},
+        headers=_ONCE,
     ),
     Operation(
         method="POST",

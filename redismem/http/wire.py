@@ -16,6 +16,7 @@ from starlette.types import Scope
 
 from redismem.apikeys import ApiKey
 from redismem.errors import (
+    InProgress,
     InvalidInput,
     MalformedBody,
     Overloaded,
@@ -101,7 +102,7 @@ def failure_response(exc: Exception, method: str, request_id: str) -> Response:
 def error_response(error: RedisMemError, request_id: str) -> Response:
     """Return `{"error": {code, message, field?, request_id}}` with the status of the error."""
     headers = {}
-    if isinstance(error, Unavailable | RateLimited):
+    if isinstance(error, Unavailable | RateLimited | InProgress):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
