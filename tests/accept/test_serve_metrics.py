@@ -161,7 +161,8 @@ async def test_processes_count_together_whichever_is_asked_and_whichever_dies(se
         return bool(told["latency"]["hour"]["count"] == REQUESTS and told["processes"] == 2)
 
     await until("the history has them", history, 30)
-    await until("jobs are counted", lambda: done_jobs(served), 40)
+    # the worker gives way to everything else on the cores
+    await until("jobs are counted", lambda: done_jobs(served), 120)
 
     before, folder = served.children(nice=False), served.folder()
     os.kill(before[0], signal.SIGKILL)

@@ -67,12 +67,13 @@ async def served(data_dir: Path) -> AsyncIterator[Served]:
 
 async def test_the_worker_of_a_service_comes_back_and_leaves_with_it(served: Served) -> None:
     await served.add("Ada keeps bees")
-    await until("the profile is made", lambda: served.tells("bees"), 30)
+    # it gives way to everything else on the cores
+    await until("the profile is made", lambda: served.tells("bees"), 120)
     first = served.worker()
     assert os.getpriority(os.PRIO_PROCESS, first) > os.getpriority(os.PRIO_PROCESS, served.process.pid)
     os.kill(first, signal.SIGKILL)
     await served.add("Ada sails boats")
-    await until("the profile is made by another worker", lambda: served.tells("boats"), 60)
+    await until("the profile is made by another worker", lambda: served.tells("boats"), 120)
     second = served.worker()
     assert second not in (0, first)
     served.process.kill()
@@ -90,7 +91,7 @@ async def test_no_delete_waits_for_a_worker(served: Served, data_dir: Path) -> N
     try:
         with other.stdout as output:
             assert "is at work" in await asyncio.to_thread(output.readline)
-        await until("the service's worker is at work", lambda: listeners(client, 3), 30)
+        await until("the service's worker is at work", lambda: listeners(client, 3), 120)
         assert len(await client.execute("HKEYS", LEASES)) == 1
     finally:
         other.kill()
@@ -105,7 +106,7 @@ async def listeners(client: Client, count: int) -> bool:
 
 
 async def test_a_worker_ends_with_a_service_that_is_stopped(served: Served) -> None:
-    await until("there is a worker", lambda: asyncio.sleep(0, served.worker()), 15)
+    await until("there is a worker", lambda: asyncio.sleep(0, served.worker()), 120)
     worker = served.worker()
     served.process.send_signal(signal.SIGTERM)
     await until("the service has ended", lambda: asyncio.sleep(0, served.process.poll() is not None), 30)

@@ -243,6 +243,7 @@ async def test_a_loop_that_died_harms_nobody(embedder: MiniLMEmbedder, gate: Gat
         loop.close()
 
     await asyncio.to_thread(start_and_stop)
+    await gate.wait_for_slice()
     gate.open()
     assert (await embedder.embed(["alive"])).shape == (1, 384)
     assert gate.slices[0] == ["from a loop that ends"]
