@@ -124,6 +124,7 @@ class Contexts:
                 if trace is not None:
                     trace.stages_s.append((number, time.perf_counter() - trace.began_s))
                 yield _shown(stages[-1])
+                work.go_on()
             opened = await turn.opened()
             self._finish(turn, opened)
             stages = await self._as_of_now(turn, watch, stages)

@@ -1,7 +1,9 @@
 """Fetches everything that one context is made from, side by side.
 
 Each fetch begins as soon as what it needs is there, so together they take as long as the slowest chain: the
-embedding, the search with its vector, and for the fourth stage what stands around the best of it.
+embedding, the search with its vector, and for the fourth stage what stands around the best of it. But what
+the first stage does not need waits until that is handed over, the embedding aside: else the loop and Redis,
+which share the cores, are busy with the others while it is on its way.
 """
 
 from __future__ import annotations
@@ -152,15 +154,24 @@ class Gathering:
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         #: found without an embedding, where there may be no time for one
         self.words: asyncio.Task[SearchReply | None] | None = None
+        self._first_is_out = asyncio.Event()
         self.text = self._begin("text", self._text)
         self.opening = self._begin("opening", self._opening)
         if request.parts.profile:
             self.profile = self._begin("profile", self._profile)
         if request.stages > 1:
             self.matches = self._begin("matches", self._matches)
-            self.on_topic = self._begin("topics", self._on_topic)
             if request.max_ms is not None and request.max_ms <= HEDGED_MS:
                 self.words = self._begin("words", self._words)
+
+    def go_on(self) -> None:
+        """Begin what the later stages need, now that the first is out; again is no change."""
+        if self._first_is_out.is_set():
+            return
+        self._first_is_out.set()
+        request = self._request
+        if request.stages > 1:
+            self.on_topic = self._begin("topics", self._on_topic)
         if request.stages > 2 and request.parts.entities:
             self.entities = self._begin("entities", self._entities)
         if request.stages > 3:
@@ -219,9 +230,8 @@ class Gathering:
         text = await self.text if is_wanted else ""
         if not text:
             return None
-        if self._sources.vectors.known(text):
-            # nothing to embed: the search would be in Redis before the first stage has left it
-            await asyncio.wait([self._tasks[name] for name in ("opening", "profile") if name in self._tasks])
+        if self._sources.vectors.known(text):  # nothing to embed
+            await self._first_is_out.wait()
         return await self._look(match_request(text))
 
     async def _words(self) -> SearchReply | None:

@@ -296,6 +296,19 @@ async def test_a_first_stage_is_two_commands_and_none_when_it_is_known(
     assert sent == []
 
 
+async def test_until_the_first_stage_is_out_nothing_else_is_fetched(
+    rich: Service, owner: Owner, sent: list[str]
+) -> None:
+    await rich.reader._vectors.made([TEXT])  # as it is of a message that was just said
+    sent.clear()
+    stages = rich.contexts.stages(owner, ContextRequest(text=TEXT, stages=4))
+    await anext(stages)
+    assert sorted(sent) == ["rm_open_ro_v1", "rm_profile_ro_v1"]
+    await anext(stages)
+    assert any("rm_search" in one for one in sent)
+    await stages.aclose()
+
+
 async def test_a_context_that_is_known_asks_only_what_stands_around(
     rich: Service, owner: Owner, sent: list[str]
 ) -> None:
