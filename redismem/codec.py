@@ -168,6 +168,7 @@ def memory_values(raw: Sequence[bytes | None]) -> dict[str, Any]:
     (pk, text, memory_type, topics, entities, session_id, event_date, created_at) = raw[:8]
     (updated_at, importance, confidence, pinned, metadata, version, embedder) = raw[8:15]
     (superseded_by, sources) = raw[15:17]
+    created = _moment(created_at) or _UNSET_MOMENT
     return {
         "id": _decoded(pk),
         "text": _decoded(text),
@@ -176,8 +177,8 @@ def memory_values(raw: Sequence[bytes | None]) -> dict[str, Any]:
         "entities": unpacked_tags(_decoded(entities)),
         "session_id": _decoded(session_id) or None,
         "event_date": _moment(event_date),
-        "created_at": _moment(created_at) or _UNSET_MOMENT,
-        "updated_at": _moment(updated_at) or _moment(created_at) or _UNSET_MOMENT,
+        "created_at": created,
+        "updated_at": created if updated_at == created_at else _moment(updated_at) or created,
         "importance": _number(importance, 0.5),
         "confidence": _number(confidence, 1.0),
         "pinned": pinned in (b"1", b"True", b"true"),

@@ -74,9 +74,10 @@ def _packed(value: str) -> str:
 
 def unpacked_tags(raw: str) -> list[str]:
     """Return the values of a multi-valued TAG field; inverse of `packed_tags`."""
-    return [
-        part.replace("%7C", TAG_SEPARATOR).replace("%25", "%") for part in raw.split(TAG_SEPARATOR) if part
-    ]
+    parts = [part for part in raw.split(TAG_SEPARATOR) if part] if raw else []
+    if "%" in raw:
+        return [part.replace("%7C", TAG_SEPARATOR).replace("%25", "%") for part in parts]
+    return parts
 
 
 def metadata_tags(metadata: Mapping[str, Any]) -> list[str]:

@@ -118,6 +118,7 @@ def test_every_field_is_read_from_its_variable() -> None:
         "max_in_flight": "12",
         "overload_ms": "50.5",
         "request_timeout_s": "2.5",
+        "idempotency_ttl_s": "3600.5",
         "cors_origins": "https://a.example",
         "log_format": "json",
         "slow_request_ms": "100.5",
