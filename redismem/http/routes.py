@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -80,7 +80,8 @@ class _RawBatch(Struct, forbid_unknown_fields=True, kw_only=True):
 
 class _ReadQuery(Struct, kw_only=True):
     consistency: Consistency = "eventual"
-    min_version: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    # not None: a text "null" would be taken for it
+    min_version: Annotated[int, Meta(ge=0, le=2**53)] | UnsetType = UNSET
 
 
 class _WriteQuery(Struct, kw_only=True):
@@ -185,7 +186,7 @@ def _list_query(request: Request) -> tuple[_ListQuery, Filters]:
         elif head == "metadata" and rest:
             filters[head][rest] = _scalar(values[-1])
         elif rest:
-            filters[head][rest] = _moment(name, values[-1]) if head in MOMENTS else values[-1]
+            filters[head][rest] = _moment(name, values[-1]) if head in MOMENTS else _number(name, values[-1])
         elif head in ("memory_type", "topics", "entities", "session_id", "cluster"):
             filters[name] = values
         elif head == "pinned":
@@ -202,6 +203,13 @@ def _moment(name: str, text: str) -> datetime:
         raise InvalidInput(f"`{name}` takes a time such as 2026-03-01T18:30:00Z", field=name) from exc
 
 
+def _number(name: str, text: str) -> float:
+    try:
+        return msgspec.convert(text, float, strict=False)
+    except msgspec.ValidationError as exc:
+        raise InvalidInput(f"`{name}` takes a number such as 0.5", field=name) from exc
+
+
 def _scalar(text: str) -> object:
     try:
         value = msgspec.json.decode(text)
@@ -213,7 +221,8 @@ def _scalar(text: str) -> object:
 async def get_memory(request: Request) -> Response:
     """Read one memory."""
     wanted = converted(dict(request.query_params), _ReadQuery)
-    least = min_generation(wanted.consistency, wanted.min_version)
+    version = None if wanted.min_version is UNSET else wanted.min_version
+    least = min_generation(wanted.consistency, version)
     memory_id, missed = _memory_id(request), "l1_missed" in request.scope
     answer = await service_of(request).tiers.memory(owner_of(request), memory_id, least, missed=missed)
     return _with_etag(answer)

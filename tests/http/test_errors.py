@@ -192,6 +192,10 @@ async def test_an_invalid_field_is_named_by_its_path(
         "topics=%FF",
         "importance.foo=1",
         "importance.gte=nan",
+        "importance.gte=null",
+        "confidence.lt=NULL",
+        "limit=null",
+        "pinned=null",
         "importance=1",
         "created_at.gte=yesterday",
         "created_at.gte=2020",
@@ -208,6 +212,13 @@ async def test_an_invalid_field_is_named_by_its_path(
 async def test_a_wrong_query_parameter_is_refused(http: httpx.AsyncClient, query: str) -> None:
     await add(http, "alice", {"text": "a"})
     assert error_of(await http.get(f"{MEMORIES}?{query}"), 422)["code"] == "invalid"
+
+
+@pytest.mark.parametrize("version", ["null", "-1", "x", ""])
+async def test_a_wrong_version_to_read_is_refused(http: httpx.AsyncClient, version: str) -> None:
+    await add(http, "alice", {"id": "m-1", "text": "a"})
+    error = error_of(await http.get(f"{ONE}?consistency=session&min_version={version}"), 422)
+    assert error.get("field") == "min_version"
 
 
 @pytest.mark.parametrize(

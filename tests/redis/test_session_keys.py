@@ -124,7 +124,7 @@ async def test_an_older_process_forgets_all_but_sessions_which_end_by_themselves
     done = 0
     while not done:
         done = (
-            await service.functions.call("rm_forget_v1", [owner.index, *owner.forgotten[:-2]], *arguments)
+            await service.functions.call("rm_forget_v1", [owner.index, *owner.forgotten[:-3]], *arguments)
         )[3]
     left = {key.decode() for key in await lasting_keys(service.client)} - {JOBS_LATER, STORE}
     assert left == {owner.session("s"), owner.sessions}
