@@ -65,8 +65,8 @@ async def open_session(request: Request) -> Response:
     """Open a session, or join an open one; the first stage of its context comes along."""
     service, owner = service_of(request), owner_of(request)
     wanted = await body_of(request, SessionInput)
-    if wanted.id is None and (key := idempotency_key(request)) is not None:
-        wanted.id = named(key)
+    if (key := idempotency_key(request)) is not None:
+        wanted.id = wanted.id or named(key)
     session, outcome = await service.sessions.open(owner, wanted)
     service.warmer.begin(owner)
     context = await service.contexts.whole(owner, ContextRequest(session_id=session.id, stages=1))

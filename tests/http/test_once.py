@@ -145,6 +145,12 @@ async def test_what_is_no_key_is_refused_by_name(http: httpx.AsyncClient, key: s
     assert await ids_of(http) == []
 
 
+async def test_where_the_id_is_given_the_key_must_still_be_one(http: httpx.AsyncClient) -> None:
+    path = of_user("alice", "sessions")
+    reply = await http.post(path, json={"id": "talk"}, headers={"Idempotency-Key": " "})
+    assert error_of(reply, 422)["field"] == "Idempotency-Key"
+
+
 async def test_two_keys_are_none(http: httpx.AsyncClient) -> None:
     headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
     assert error_of(await http.post(MEMORIES, json=TEA, headers=headers), 422)["field"] == "Idempotency-Key"
