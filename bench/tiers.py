@@ -52,8 +52,9 @@ COLD_BLOCK_S = 5.0
 L2_QUERIES = 100
 L2_ROUNDS = 20
 
-#: a closed loop has no mercy: whoever is refused asks again at once (bench/load.py measures refusing)
-SERVER = {"REDISMEM_OVERLOAD_MS": "0"}
+#: no refusing: in a closed loop whoever is refused asks again at once (bench/load.py measures it); and no
+#: worker: bench/worker.py and bench/load.py measure its share
+SERVER = {"REDISMEM_OVERLOAD_MS": "0", "REDISMEM_WORKER": "0"}
 
 MIX_USERS = 100
 MIX_MEMORIES = 100
