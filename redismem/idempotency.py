@@ -59,9 +59,13 @@ class Idempotency:
         """
         claim = Claim(owner, named(key), secrets.token_hex(8))
         fingerprint = blake2b(request, digest_size=16).hexdigest()
-        word, *kept = await self._functions.call(
-            "rm_claim_v1", [owner.replies], claim.name, fingerprint, claim.token, self._claim_ms
-        )
+        try:
+            word, *kept = await self._functions.call(
+                "rm_claim_v1", [owner.replies], claim.name, fingerprint, claim.token, self._claim_ms
+            )
+        except BaseException:  # perhaps only the answer is missing
+            await self.released(claim)
+            raise
         if word == b"BUSY":
             raise InProgress("the first request with this Idempotency-Key is still being answered; try again")
         if word == b"OTHER":

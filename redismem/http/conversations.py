@@ -106,7 +106,8 @@ async def add_messages(request: Request) -> Response:
         messages = [decoded(body, MessageInput)]
     if (key := idempotency_key(request)) is not None:
         for i, message in enumerate(messages):
-            message.id = message.id or named(key, session_id, i)
+            # with its text, or a key that is used again after its time would overwrite a message
+            message.id = message.id or named(key, session_id, i, message.text)
     reply = await service.sessions.say(owner, session_id, messages, wait=wait)
     return json_response(reply, 201 if wait else 202, generation=reply.generation)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from redismem.errors import InProgress, InvalidInput, StoreError
+from redismem.errors import InProgress, InvalidInput, RedisUnavailable, StoreError
 from redismem.idempotency import Claim, named
 from redismem.keys import Owner
+from redismem.lualib import Functions
 from redismem.service import Service
 from tests.conftest import until
 
@@ -59,6 +60,24 @@ async def test_a_released_claim_may_be_had_again(service: Service, owner: Owner)
         assert isinstance(claim, Claim)
         await service.idempotency.released(claim)
     assert await service.client.execute("EXISTS", owner.replies) == 0
+
+
+async def test_a_claim_whose_answer_is_lost_holds_nobody_up(
+    service: Service, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_it = Functions.call
+
+    async def lost(self: Functions, name: str, *rest: Any) -> Any:
+        reply = await call_it(self, name, *rest)
+        if name == "rm_claim_v1":
+            raise RedisUnavailable("no answer")
+        return reply
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Functions, "call", lost)
+        with pytest.raises(RedisUnavailable):
+            await service.idempotency.claim(owner, "key", b"request")
+    assert isinstance(await service.idempotency.claim(owner, "key", b"request"), Claim)
 
 
 async def test_a_reply_is_kept_for_its_time(service: Service, owner: Owner) -> None:
