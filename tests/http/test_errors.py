@@ -193,6 +193,7 @@ async def test_an_invalid_field_is_named_by_its_path(
         "importance.foo=1",
         "importance.gte=nan",
         "importance.gte=null",
+        "importance.gte=null&importance.lt=0.5",
         "confidence.lt=NULL",
         "limit=null",
         "pinned=null",
