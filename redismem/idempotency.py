@@ -3,8 +3,8 @@
 The first to come claims the key and does the work; whoever repeats it meanwhile is told to wait, and whoever
 repeats it later gets the reply that was kept. So a repetition changes nothing, not even where what the first
 try stored was deleted since. A claim of a process that died expires; the repetition then does the work again,
-which the ids that `named` gives make harmless. Replies hold ids and outcomes, no text; they go with their
-owner.
+harmlessly: ids come from the content or, by `named`, from the key. Replies hold ids and outcomes, no text;
+they go with their owner.
 
 Source: draft-ietf-httpapi-idempotency-key-header.
 """
